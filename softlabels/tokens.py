@@ -1,0 +1,168 @@
+"""Rows in, token batches out: tokenise once, group by length, pad only inside a batch.
+
+`tokenize` turns examples into `TokenizedExample`s as long as they are; `batches_by_length` says which of them go
+through a model together; `pad_batch` makes the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xxhash
+
+from softlabels.errors import ConfigError
+from softlabels.types import NO_LABEL, Example, TokenBatch, TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+LONGEST_DEFAULT = 512  # tokens; the default limit where a model would take more
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """What `tokenize` returns: the examples, in order, and how many were cut to `max_length`."""
+
+    examples: list[TokenizedExample]
+    truncated: int
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    labels: Sequence[int] | None = None,
+) -> Tokenized:
+    """Tokenise `examples`, each cut to `max_length` tokens (special ones included), pairs longest first.
+
+    `labels` are class indices (NO_LABEL for none), one an example; without them every row is unlabelled.
+    """
+    if not examples:
+        return Tokenized([], 0)
+    pairs = [example.text_b or "" for example in examples] if any(e.text_b for e in examples) else None
+    encoded = tokenizer(
+        [example.text for example in examples], pairs, truncation=True, max_length=max_length, padding=False
+    )
+    types = encoded.get("token_type_ids")
+    if encoded.encodings is not None:  # a fast tokenizer says itself what it cut
+        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    else:
+        whole = tokenizer([example.text for example in examples], pairs, truncation=False, padding=False)
+        truncated = sum(len(ids) > max_length for ids in whole["input_ids"])
+    rows = [
+        TokenizedExample(
+            id=example.id,
+            input_ids=np.asarray(encoded["input_ids"][i], dtype=np.int32),
+            token_type_ids=None if types is None else np.asarray(types[i], dtype=np.uint8),
+            label=NO_LABEL if labels is None else labels[i],
+            text=example.text,
+            text_b=example.text_b,
+        )
+        for i, example in enumerate(examples)
+    ]
+    return Tokenized(rows, truncated)
+
+
+def token_hash(example: TokenizedExample) -> int:
+    """xxh3-64 of the token ids (int32, little-endian) and token types (uint8): the content that rows join by."""
+    hasher = xxhash.xxh3_64(example.input_ids.astype("<i4").tobytes())
+    if example.token_type_ids is not None:
+        hasher.update(example.token_type_ids.tobytes())
+    return hasher.intdigest()
+
+
+def batches_by_length(
+    lengths: Sequence[int] | np.ndarray, *, batch_tokens: int | None = None, batch_size: int | None = None
+) -> list[np.ndarray]:
+    """Row numbers grouped into batches of similar length, longest first.
+
+    A batch holds at most `batch_size` rows and at most `batch_tokens` tokens, padding counted. Longest first, so
+    that a batch too large for memory fails at the start and not after an hour. The sort is stable: the same lengths
+    give the same batches on every machine.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if batch_tokens is not None and len(lengths) and batch_tokens < lengths.max():
+        raise ConfigError(
+            f"--batch-tokens {batch_tokens} is below the longest row, {lengths.max()} tokens: "
+            f"give at least that many, or a smaller --max-length"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = len(order) - start
+        if batch_tokens is not None:
+            size = min(size, batch_tokens // max(int(lengths[order[start]]), 1))
+        if batch_size is not None:
+            size = min(size, batch_size)
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def shuffled_batches(
+    lengths: Sequence[int] | np.ndarray, *, batch_size: int, rng: np.random.Generator, window: int = 50
+) -> list[np.ndarray]:
+    """Row numbers for one epoch of training: random, yet rows of a batch have similar lengths.
+
+    The rows are shuffled, sorted by length only inside windows of `window` batches, and the batches shuffled again: a
+    row can meet any other, and little is padded. Everything follows from `rng`.
+    """
+    lengths = np.asarray(lengths)
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), window * batch_size):
+        chunk = order[start : start + window * batch_size]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches += [chunk[first : first + batch_size] for first in range(0, len(chunk), batch_size)]
+    return [batches[number] for number in rng.permutation(len(batches))]
+
+
+def pad_batch(examples: Sequence[TokenizedExample], *, pad_token_id: int) -> TokenBatch:
+    """Right-padded tensors of `examples`, as long as the longest of them."""
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    ids = np.full(shape, pad_token_id, dtype=np.int64)  # (B, L)
+    mask = np.zeros(shape, dtype=np.int64)  # (B, L)
+    has_types = examples[0].token_type_ids is not None
+    types = np.zeros(shape, dtype=np.int64) if has_types else None  # (B, L)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids[row, :length] = example.input_ids
+        mask[row, :length] = 1
+        if types is not None:
+            types[row, :length] = example.token_type_ids
+    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+    return TokenBatch(
+        torch.from_numpy(ids), torch.from_numpy(mask), None if types is None else torch.from_numpy(types), labels
+    )
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """How many tokens the model takes: the least of what its tokenizer and its position table allow."""
+    limits = [limit for limit in (tokenizer.model_max_length,) if limit < 1_000_000]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa and its kin number positions from pad_token_id + 1, so two rows of their table are never used
+        offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        limits.append(positions - offset)
+    return min(limits) if limits else LONGEST_DEFAULT
+
+
+def resolve_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """`--max-length` checked against the model; by default the model's own limit, at most LONGEST_DEFAULT."""
+    limit = longest_input(tokenizer, config)
+    if asked is None:
+        return min(limit, LONGEST_DEFAULT)
+    if asked > limit:
+        raise ConfigError(f"--max-length {asked} is more than this model takes: at most {limit}")
+    if asked < 4:
+        raise ConfigError(f"--max-length {asked} leaves no room for text beside the special tokens: at least 4")
+    return asked
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet", "longformer"}

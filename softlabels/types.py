@@ -1,0 +1,115 @@
+"""What travels between the stages, and the legend of shapes.
+
+Legend, used in comments and docstrings everywhere:
+    B  examples in a batch        L  tokens of the longest example in the batch
+    D  width of a hidden state    H  attention heads      K  width of one head
+    C  classes                    V  size of the vocabulary
+
+Nothing heavy is imported here, so that the light paths of the command line stay light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softlabels.errors import CacheError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+NO_LABEL = -100  # what torch's cross_entropy ignores; on disk and in batches the mark of a row without a label
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a corpus. `label` is as the file has it: an integer, a name, or None (transfer set)."""
+
+    id: str
+    text: str
+    text_b: str | None = None
+    label: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """One example as the teacher's tokenizer sees it. No padding: arrays are as long as the example."""
+
+    id: str
+    input_ids: np.ndarray  # (L,) int32
+    token_type_ids: np.ndarray | None  # (L,) uint8, None where the tokenizer gives none
+    label: int  # class index, or NO_LABEL
+    text: str
+    text_b: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A padded batch of tokens, right-padded, ready for a model."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64, 1 for a token, 0 for padding
+    token_type_ids: Tensor | None  # (B, L) int64
+    labels: Tensor  # (B,) int64, NO_LABEL where a row has none
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a transformers model's forward."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            inputs["token_type_ids"] = self.token_type_ids
+        return inputs
+
+    def to(self, device) -> TokenBatch:
+        """The same batch on another device."""
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
+        return TokenBatch(
+            self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What a loss sees of either side, teacher (from the cache) or student (live), by the same names.
+
+    `fields` maps a field's name to its padded tensor: `logits` (B, C), `hidden.06` (B, L, D) (0 is the embedding
+    output, i the output of layer i), `query.06`, `key.06`, `value.06` (B, H, L, K), `attention.06` (B, H, L, L).
+    Layers are numbered from 1, as in the papers. `mask` is (B, L), 1 for a token; `labels` (B,).
+    """
+
+    fields: dict[str, Tensor]
+    mask: Tensor
+    labels: Tensor
+
+    def to(self, device) -> Signals:
+        """The same signals on another device."""
+        fields = {name: value.to(device) for name, value in self.fields.items()}
+        return Signals(fields, self.mask.to(device), self.labels.to(device))
+
+    def get(self, name: str) -> Tensor:
+        """The field called `name`; CacheError names what is there instead."""
+        if name not in self.fields:
+            have = ", ".join(sorted(self.fields)) or "nothing"
+            raise CacheError(f"a loss asks for field '{name}', but these signals hold {have}")
+        return self.fields[name]
+
+    @property
+    def logits(self) -> Tensor:
+        return self.get("logits")  # (B, C)
+
+    def hidden(self, layer: int) -> Tensor:
+        return self.get(layer_field("hidden", layer))  # (B, L, D)
+
+    def query(self, layer: int) -> Tensor:
+        return self.get(layer_field("query", layer))  # (B, H, L, K)
+
+    def key(self, layer: int) -> Tensor:
+        return self.get(layer_field("key", layer))  # (B, H, L, K)
+
+    def value(self, layer: int) -> Tensor:
+        return self.get(layer_field("value", layer))  # (B, H, L, K)
+
+
+def layer_field(kind: str, layer: int) -> str:
+    """The name of a layer's field: `layer_field('hidden', 6)` is 'hidden.06'."""
+    return f"{kind}.{layer:02d}"
