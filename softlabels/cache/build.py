@@ -1,0 +1,168 @@
+"""The life of a cache while it is dumped: begin or resume it, ask what is missing, finish it.
+
+A folder is one cache from its first manifest on: a dump with another configuration is refused, saying what differs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from softlabels.cache.files import lock, sweep_temporary, sync_folder, write_file
+from softlabels.cache.format import (
+    EXAMPLES,
+    MANIFEST,
+    TEMPORARY,
+    Manifest,
+    Receipt,
+    ShardTable,
+    identity,
+    read_manifest,
+    read_receipt,
+    shard_file,
+    to_json,
+)
+from softlabels.errors import CacheError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBuild:
+    """A cache under construction, locked by this process."""
+
+    folder: Path
+    manifest: Manifest  # as it will be, without the shard table
+
+    def shards(self) -> range:
+        """The shard numbers of the whole corpus."""
+        size = self.manifest.dump.shard_rows
+        return range((self.manifest.corpus.rows + size - 1) // size)
+
+    def missing(self, shard: int) -> list[str]:
+        """The fields, `examples` first, that have no whole file for `shard`."""
+        return [field for field in (EXAMPLES, *self.manifest.fields) if not self._is_whole(field, shard)]
+
+    def _is_whole(self, field: str, shard: int) -> bool:
+        receipt = read_receipt(self.folder, field, shard)
+        if receipt is None:
+            return False
+        try:
+            return shard_file(self.folder, field, shard).stat().st_size == receipt.bytes
+        except FileNotFoundError:
+            return False
+
+    def finish(self) -> Manifest:
+        """Write the final manifest from the receipts, so that readers need nothing else."""
+        examples = [self._receipt(EXAMPLES, shard) for shard in self.shards()]
+        tables = {}
+        for field in (EXAMPLES, *self.manifest.fields):
+            receipts = [self._receipt(field, shard) for shard in self.shards()]
+            for shard, (receipt, example) in enumerate(zip(receipts, examples, strict=True)):
+                if receipt.join != example.join:
+                    raise CacheError(
+                        f"{shard_file(self.folder, field, shard)} belongs to other examples than this cache's: "
+                        f"delete the folder {self.folder / field} and dump the field again"
+                    )
+            tables[field] = ShardTable(
+                bytes=[receipt.bytes for receipt in receipts], xxh3_128="".join(r.xxh3_128 for r in receipts)
+            )
+        corpus = self.manifest.corpus.model_copy(update={"truncated": sum(r.truncated for r in examples)})
+        whole = self.manifest.model_dump() | {
+            "complete": True,
+            "corpus": corpus.model_dump(),
+            "shard_rows": [receipt.rows for receipt in examples],
+            "shard_tokens": [receipt.tokens for receipt in examples],
+            "join": "".join(receipt.join for receipt in examples),
+            "shards": {field: table.model_dump() for field, table in tables.items()},
+        }
+        final = Manifest.model_validate(whole)
+        if (self.folder / MANIFEST).read_bytes() != to_json(final):  # nothing new: nothing is touched
+            write_file(self.folder / MANIFEST, to_json(final))
+        return final
+
+    def _receipt(self, field: str, shard: int) -> Receipt:
+        receipt = read_receipt(self.folder, field, shard)
+        if receipt is None:
+            raise CacheError(f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again")
+        return receipt
+
+
+@contextmanager
+def build_cache(
+    folder: Path, manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Iterator[CacheBuild]:
+    """Begin the cache in `folder`, or go on with it; locked until the block ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        previous = _previous(folder)
+        if previous is not None:
+            _refuse_differences(folder, previous, manifest)
+            unfinished = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
+            manifest = previous.model_copy(update=unfinished | {"fields": previous.fields | manifest.fields})
+        sweep_temporary(folder)
+        if not (folder / "teacher").is_dir():
+            _save_folder(folder / "teacher", config)
+        if not (folder / "tokenizer").is_dir():
+            _save_folder(folder / "tokenizer", tokenizer)
+        if previous is None or not previous.complete:
+            write_file(folder / MANIFEST, to_json(manifest))
+        yield CacheBuild(folder, manifest)
+
+
+def _previous(folder: Path) -> Manifest | None:
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder)
+    strangers = [path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
+    if set(strangers) - {"teacher", "tokenizer"}:  # a dump that was killed before its first manifest leaves at most these
+        raise CacheError(f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out")
+    return None
+
+
+def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) -> None:
+    before, now = identity(previous), identity(manifest)
+    differences = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in before if before[key] != now[key]]
+    for field in manifest.fields.keys() & previous.fields.keys():
+        if previous.fields[field] != manifest.fields[field]:
+            differences.append(f"field {field} is there as {previous.fields[field].type}")
+    if differences:
+        raise CacheError(
+            f"{folder} holds a cache of another configuration: {'; '.join(differences)}. Choose another --out, or repeat "
+            f"the first command"
+        )
+
+
+def _save_folder(path: Path, part: PretrainedConfig | PreTrainedTokenizerBase) -> None:
+    """A folder that transformers writes, whole or not there."""
+    draft = path.with_name(TEMPORARY + path.name)
+    shutil.rmtree(draft, ignore_errors=True)
+    part.save_pretrained(draft)
+    for file in draft.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    draft.rename(path)
+    sync_folder(path.parent)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """xxh3-128 over the whole vocabulary and the special tokens: equal tokenizers give equal ids."""
+    hasher = xxhash.xxh3_128()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        hasher.update(f"{number}\t{token}\n".encode())
+    hasher.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
+    return hasher.hexdigest()
+
+
+def find_doubled(ids: Sequence[str]) -> str | None:
+    """An id that occurs twice, or None."""
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

@@ -1,0 +1,33 @@
+"""A cache in words: what it holds, from what, how large. Read from the manifest alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softlabels.cache.format import EXAMPLES, Manifest
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """Plain facts about a cache, for `softlabels info`."""
+    fields = {
+        name: {"kind": spec.kind, "type": spec.type, "width": spec.width}
+        | ({"bytes": sum(manifest.shards[name].bytes)} if manifest.complete else {})
+        for name, spec in sorted(manifest.fields.items())
+    }
+    return {
+        "complete": manifest.complete,
+        "rows": manifest.corpus.rows,
+        "labelled": manifest.corpus.labelled,
+        "truncated": manifest.corpus.truncated if manifest.complete else None,
+        "tokens": sum(manifest.shard_tokens) if manifest.complete else None,
+        "shards": len(manifest.shard_rows) if manifest.complete else None,
+        "corpus": manifest.corpus.source + (f":{manifest.corpus.split}" if manifest.corpus.split else ""),
+        "texts": manifest.dump.text,
+        "teacher": manifest.teacher.name,
+        "classes": manifest.teacher.label_names,
+        "max_length": manifest.dump.max_length,
+        "fields": fields,
+        "examples": {"bytes": sum(manifest.shards[EXAMPLES].bytes)} if manifest.complete else None,
+        "bytes": sum(sum(table.bytes) for table in manifest.shards.values()) if manifest.complete else None,
+        "versions": manifest.versions,
+    }

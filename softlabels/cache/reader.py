@@ -1,0 +1,288 @@
+"""A finished cache as padded batches, straight from the mapped files: no Python per value, no copy of what isn't asked.
+
+`open_cache` reads the manifest only. A shard is mapped when a row of it is first wanted, checked once, and stays
+mapped while it is among the most recently used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from softlabels.cache.codec import DTYPES
+from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, read_manifest, shard_file
+from softlabels.cache.writer import field_schema
+from softlabels.config import fingerprint
+from softlabels.errors import CacheError
+from softlabels.types import NO_LABEL, Signals, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OPEN_SHARDS = 512  # mapped at a time; each holds a file descriptor, of which a process commonly has 1,024
+
+
+def open_cache(path: str | Path) -> Cache:
+    """The finished cache at `path`, ready to read. Costs the manifest, not the size of the cache."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if not manifest.complete:
+        raise CacheError(f"{folder} is unfinished: give the same `softlabels dump` command again, and it goes on where it stopped")
+    return Cache(folder, manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """A list column of one shard: row r's values are `values[starts[r]:starts[r + 1]]` of record batch `batch[r]`."""
+
+    values: list[np.ndarray]
+    starts: list[np.ndarray]
+    bounds: np.ndarray  # first row of each record batch, and the number of rows
+
+    def row(self, row: int) -> np.ndarray:
+        if len(self.values) == 1:
+            return self.values[0][self.starts[0][row] : self.starts[0][row + 1]]
+        batch = int(np.searchsorted(self.bounds, row, side="right")) - 1
+        row -= int(self.bounds[batch])
+        return self.values[batch][self.starts[batch][row] : self.starts[batch][row + 1]]
+
+
+class Cache:
+    """A finished cache. Rows are numbered from 0 in the corpus's order."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.rows: int = manifest.corpus.rows
+        self.fields: dict[str, FieldSpec] = manifest.fields
+        self._shards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._lists: dict[tuple[str, int], _Lists] = {}
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.manifest.teacher.label_names
+
+    def require(self, fields: Sequence[str], *, why: str) -> None:
+        """CacheError where a field is missing, with the option of `dump` that would add it."""
+        for field in fields:
+            if field not in self.fields:
+                have = ", ".join(sorted(self.fields)) or "no field"
+                raise CacheError(f"{why} needs {field}; cache {self.path} holds {have}. Dump it with --capture {capture_of(field)}")
+
+    # ------------------------------------------------------------------------------------------- whole columns
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,) int32: tokens of every row."""
+        lists = [self._column_lists(EXAMPLES, "input_ids", shard) for shard in self._all_shards()]
+        return np.concatenate([np.diff(starts) for shard in lists for starts in shard.starts]).astype(np.int32)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: class of every row, NO_LABEL for none."""
+        return self._flat_column("label").astype(np.int64)
+
+    @cached_property
+    def token_hashes(self) -> np.ndarray:
+        """(N,) uint64: the token hash of every row."""
+        return self._flat_column("token_hash")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return self._strings("id")
+
+    def texts(self) -> list[tuple[str, str | None]]:
+        """(text, text_b) of every row; CacheError where the cache was dumped without texts."""
+        if not self.manifest.dump.text:
+            raise CacheError(f"cache {self.path} holds no texts: it was dumped with --no-text. Dump it again without, into another folder")
+        return [(a, b or None) for a, b in zip(self._strings("text"), self._strings("text_b"), strict=True)]
+
+    def column(self, field: str) -> np.ndarray:
+        """(N, width): a `row` field of every row, such as all logits."""
+        if self.fields[field].kind != "row":
+            raise ValueError(f"'{field}' has no value a row: read it batch by batch")
+        width = self.fields[field].width
+        tables = [self._shard(field, shard) for shard in self._all_shards()]
+        return np.concatenate([_flat(chunk).reshape(-1, width) for table in tables for chunk in table.column(0).chunks])
+
+    def used_ids(self, rows: np.ndarray) -> np.ndarray:
+        """The distinct token ids of `rows`, sorted."""
+        seen = np.zeros(self.manifest.teacher.vocab_size, dtype=bool)
+        for shard, row in self._places(rows):
+            seen[self._column_lists(EXAMPLES, "input_ids", shard).row(row)] = True
+        return np.flatnonzero(seen)
+
+    def identity(self) -> str:
+        """One hash that two caches share only if they hold the same rows, fields and values."""
+        return fingerprint([self.manifest.join, {name: t.xxh3_128 for name, t in self.manifest.shards.items()}])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer, from the cache."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer", local_files_only=True)
+
+    # ------------------------------------------------------------------------------------------------- batches
+
+    def tokens(self, rows: np.ndarray) -> TokenBatch:
+        """The padded token batch of `rows`."""
+        lengths = self.lengths[rows]
+        shape = (len(rows), int(lengths.max()))
+        ids = np.full(shape, self.manifest.teacher.pad_token_id, dtype=np.int64)
+        types = np.zeros(shape, dtype=np.int64) if self.manifest.teacher.token_types else None
+        for i, (shard, row) in enumerate(self._places(rows)):
+            ids[i, : lengths[i]] = self._column_lists(EXAMPLES, "input_ids", shard).row(row)
+            if types is not None:
+                types[i, : lengths[i]] = self._column_lists(EXAMPLES, "token_type_ids", shard).row(row)
+        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)  # (B, L)
+        return TokenBatch(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            None if types is None else torch.from_numpy(types),
+            torch.from_numpy(self.labels[rows]),
+        )
+
+    def signals(self, rows: np.ndarray, fields: Sequence[str]) -> Signals:
+        """The teacher's `fields` for `rows` as padded float32 tensors; padding is zero."""
+        lengths = self.lengths[rows]
+        mask = torch.from_numpy((np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64))
+        tensors = {field: self._padded(field, rows, lengths) for field in fields}
+        return Signals(tensors, mask, torch.from_numpy(self.labels[rows]))
+
+    def _padded(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        spec, longest = self.fields[field], int(lengths.max())
+        shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[spec.kind]
+        out = np.zeros((len(rows), *shape), dtype=DTYPES[spec.type])
+        for i, (shard, row) in enumerate(self._places(rows)):
+            length = int(lengths[i])
+            if spec.kind == "row":
+                out[i] = self._rows(field, shard).row(row)
+            elif spec.kind == "token":
+                out[i, :length] = self._column_lists(field, field, shard).row(row).reshape(length, spec.width)
+            else:
+                out[i, :, :length, :length] = self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
+        values = torch.from_numpy(out).float()
+        if spec.kind == "token" and spec.heads:
+            return values.unflatten(2, (spec.heads, -1)).transpose(1, 2)  # (B, H, L, K)
+        return values
+
+    def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        size = self.manifest.dump.shard_rows
+        return [(int(row) // size, int(row) % size) for row in rows]
+
+    # -------------------------------------------------------------------------------------------------- shards
+
+    def _all_shards(self) -> range:
+        return range(len(self.manifest.shard_rows))
+
+    def _shard(self, field: str, shard: int) -> pa.Table:
+        """The mapped, checked table of one shard, least recently used ones let go."""
+        key = (field, shard)
+        if key in self._shards:
+            self._shards.move_to_end(key)
+            return self._shards[key]
+        table = self._open_shard(field, shard)
+        self._shards[key] = table
+        if len(self._shards) > _OPEN_SHARDS:
+            old, _ = self._shards.popitem(last=False)
+            for column in list(self._lists):
+                if column[:2] == old:
+                    del self._lists[column]
+        return table
+
+    def _open_shard(self, field: str, shard: int) -> pa.Table:
+        path = shard_file(self.path, field, shard)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CacheError(f"cache {self.path} lacks {path.name} of field '{field}': copy it from where the cache came from") from None
+        if size != self.manifest.shards[field].bytes[shard]:
+            raise CacheError(f"{path} has {size} bytes, not the {self.manifest.shards[field].bytes[shard]} that {MANIFEST} says: it is damaged")
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table.validate(full=True)  # offsets are bounds-checked here, before anything follows them
+        except pa.ArrowInvalid as error:
+            raise CacheError(f"{path} is damaged: {error}") from None
+        if table.num_rows != self.manifest.shard_rows[shard]:
+            raise CacheError(f"{path} has {table.num_rows} rows, not the {self.manifest.shard_rows[shard]} that {MANIFEST} says")
+        self._check_schema(field, shard, table, path)
+        return table
+
+    def _check_schema(self, field: str, shard: int, table: pa.Table, path: Path) -> None:
+        if field == EXAMPLES:
+            wanted = {"id": pa.string(), "token_hash": pa.uint64(), "label": pa.int32()}
+            fits = all(name in table.column_names and table.schema.field(name).type == kind for name, kind in wanted.items())
+            fits = fits and "input_ids" in table.column_names and table.schema.field("input_ids").type.value_type in (pa.uint16(), pa.int32())
+        else:
+            fits = table.schema.equals(field_schema(field, self.fields[field], shard))
+        if not fits or any(column.null_count for column in table.columns):
+            raise CacheError(f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another cache")
+
+    def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
+        table = self._shard(field, shard)
+        key = (field, shard, column)
+        if key not in self._lists:
+            chunks = table.column(column).chunks
+            bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+            starts = [np.frombuffer(c.buffers()[1], np.int32)[c.offset : c.offset + len(c) + 1] for c in chunks]
+            lists = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
+            if field != EXAMPLES:
+                self._check_lengths(field, shard, lists)
+            self._lists[key] = lists
+        return self._lists[key]
+
+    def _check_lengths(self, field: str, shard: int, lists: _Lists) -> None:
+        """Every row has as many values as its tokens ask for, or reshaping would mix rows."""
+        spec, first = self.fields[field], shard * self.manifest.dump.shard_rows
+        tokens = self.lengths[first : first + self.manifest.shard_rows[shard]].astype(np.int64)
+        wanted = spec.width * (tokens if spec.kind == "token" else tokens * tokens)
+        if not np.array_equal(np.concatenate([np.diff(starts) for starts in lists.starts]), wanted):
+            raise CacheError(f"{shard_file(self.path, field, shard)} does not belong to the examples of this cache: row lengths differ")
+
+    def _rows(self, field: str, shard: int) -> _Lists:
+        """A fixed-size column as lists of `width` values."""
+        table = self._shard(field, shard)
+        key = (field, shard, "")
+        if key not in self._lists:
+            chunks, width = table.column(0).chunks, self.fields[field].width
+            bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+            starts = [np.arange(len(chunk) + 1) * width for chunk in chunks]
+            self._lists[key] = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
+        return self._lists[key]
+
+    def _flat_column(self, column: str) -> np.ndarray:
+        return np.concatenate([self._shard(EXAMPLES, shard).column(column).to_numpy() for shard in self._all_shards()])
+
+    def _strings(self, column: str) -> list[str]:
+        return [value for shard in self._all_shards() for value in self._shard(EXAMPLES, shard).column(column).to_pylist()]
+
+
+def _flat(chunk: pa.Array) -> np.ndarray:
+    """The values of a list column as one array over the mapped memory."""
+    return chunk.values.to_numpy(zero_copy_only=True)
+
+
+def capture_of(field: str) -> str:
+    """The `--capture` option that gives `field`: 'query.06' comes from 'qkv:6'."""
+    kind, _, layer = field.partition(".")
+    layer, at, pooled = layer.partition("@")
+    if not layer:
+        return kind
+    kind = "qkv" if kind in ("query", "key", "value") else kind
+    return f"{kind}:{int(layer)}{at}{pooled}"
+
+
+def labelled_rows(cache: Cache) -> np.ndarray:
+    """The row numbers that have a label."""
+    return np.flatnonzero(cache.labels != NO_LABEL)
