@@ -1,0 +1,246 @@
+"""STAGE 1: a corpus and a teacher come in, a cache goes out. The only stage that runs the teacher.
+
+Read a shard of rows, tokenise it, run the teacher over it in batches of similar length, take what was asked for, write
+it in the corpus's order. Whole shards have receipts, so the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from softlabels.cache.build import CacheBuild, build_cache, find_doubled, tokenizer_hash
+from softlabels.cache.codec import encode
+from softlabels.cache.format import (
+    EXAMPLES,
+    FORMAT,
+    CorpusCard,
+    DumpCard,
+    FieldSpec,
+    Manifest,
+    TeacherCard,
+)
+from softlabels.cache.writer import FieldShard, join_hash, write_examples
+from softlabels.captures import TeacherRun, parse_captures, prepare
+from softlabels.config import DumpOptions
+from softlabels.corpus import Corpus, encode_labels
+from softlabels.errors import CorpusError
+from softlabels.progress import progress
+from softlabels.teacher import Teacher, load_teacher
+from softlabels.tokens import Tokenized, batches_by_length, pad_batch, resolve_max_length, tokenize
+from softlabels.types import NO_LABEL, Example, TokenBatch, TokenizedExample
+
+_PACKAGES = ("softlabels", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class DumpReport:
+    """What a dump did."""
+
+    cache: Path
+    rows: int
+    new_rows: int  # that the teacher was run over this time
+    truncated: int
+    fields: list[str]
+    seconds: float
+    bytes: int
+
+
+def dump(
+    corpus: Corpus,
+    *,
+    teacher: str,
+    out: Path,
+    options: DumpOptions | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> DumpReport:
+    """Run `teacher` (a folder or a name) over `corpus` and keep what `options.capture` asks for in the cache `out`.
+
+    An interrupted dump goes on with the same call; another configuration in the same folder is refused. A finished
+    cache gets only the fields that it lacks.
+    """
+    started = time.monotonic()
+    options = options or DumpOptions()
+    out = Path(out)
+    requests = parse_captures(options.capture)
+    _check_rows(corpus)
+    loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code)
+    labels = encode_labels(corpus.examples, loaded.label_names)
+    max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
+    shortest = min(corpus.examples, key=lambda example: len(example.text))
+    probe = _batch(loaded, tokenize(loaded.tokenizer, [shortest], max_length=max_length).examples)
+    run = prepare(loaded.model, requests, probe)
+    with _precision(loaded, options):
+        fields = run.fields(probe, codec=options.codec)
+        manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels)
+        with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config) as build:
+            missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
+            done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
+            with progress(len(corpus.examples), description="dump", done=done) as update:
+                for shard, absent in missing.items():
+                    start = shard * options.shard_rows
+                    rows = _rows_of(corpus, options, shard)
+                    tokens = tokenize(
+                        loaded.tokenizer, rows, max_length=max_length, labels=labels[start : start + len(rows)]
+                    )
+                    _dump_shard(build, run, loaded, shard=shard, rows=tokens, missing=absent, update=update)
+            final = build.finish()
+    return DumpReport(
+        cache=out,
+        rows=len(corpus.examples),
+        new_rows=len(corpus.examples) - done,
+        truncated=final.corpus.truncated,
+        fields=sorted(final.fields),
+        seconds=time.monotonic() - started,
+        bytes=sum(sum(table.bytes) for table in final.shards.values()),
+    )
+
+
+def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
+    return corpus.examples[shard * options.shard_rows : (shard + 1) * options.shard_rows]
+
+
+def _dump_shard(
+    build: CacheBuild,
+    run: TeacherRun,
+    teacher: Teacher,
+    *,
+    shard: int,
+    rows: Tokenized,
+    missing: Sequence[str],
+    update,
+) -> None:
+    """Tokenised rows → teacher → the shard's missing fields, each with its receipt."""
+    manifest, examples = build.manifest, rows.examples
+    if EXAMPLES in missing:
+        write_examples(
+            build.folder,
+            examples,
+            shard=shard,
+            vocab_size=manifest.teacher.vocab_size,
+            token_types=manifest.teacher.token_types,
+            text=manifest.dump.text,
+            truncated=rows.truncated,
+        )
+    lengths = np.array([len(example.input_ids) for example in examples])
+    writers: dict[str, FieldShard] = {}
+    try:
+        for field in missing:
+            if field != EXAMPLES:
+                writers[field] = FieldShard(build.folder, field, manifest.fields[field], shard=shard, tokens=lengths)
+        batches = batches_by_length(lengths, batch_tokens=manifest.dump.batch_tokens)
+        for numbers in batches if writers else []:
+            batch = [examples[number] for number in numbers]
+            _write_batch(run.take(_batch(teacher, batch)), writers, batch, numbers)
+            update(len(numbers), tokens=int(lengths[numbers].sum()))
+        join = join_hash(examples)
+        for writer in writers.values():
+            writer.commit(join)
+    finally:
+        for writer in writers.values():
+            writer.discard()
+
+
+def _write_batch(
+    values: dict[str, torch.Tensor], writers: dict[str, FieldShard], batch: list[TokenizedExample], numbers: np.ndarray
+) -> None:
+    ids = [example.id for example in batch]
+    for field, writer in writers.items():
+        spec, mask = writer.spec, [len(example.input_ids) for example in batch]
+        encoded = encode(_without_padding(values[field], spec, mask), spec, field=field, ids=ids)
+        for i, (number, length) in enumerate(zip(numbers.tolist(), mask, strict=True)):
+            row = encoded[i]
+            if spec.kind == "token":
+                row = row[:length]
+            elif spec.kind == "pair":
+                row = row[:, :length, :length]
+            writer.put(number, row)
+
+
+def _without_padding(values: torch.Tensor, spec: FieldSpec, lengths: list[int]) -> torch.Tensor:
+    """Zero where there is only padding, which is never stored and may hold anything, NaN included."""
+    if spec.kind == "row":
+        return values
+    inside = torch.arange(values.shape[-1 if spec.kind == "pair" else 1], device=values.device)
+    real = inside < torch.tensor(lengths, device=values.device)[:, None]  # (B, L)
+    if spec.kind == "token":
+        return values.masked_fill(~real[:, :, None], 0.0)
+    return values.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
+
+
+def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:
+    return pad_batch(examples, pad_token_id=_pad_id(teacher)).to(teacher.model.device)
+
+
+def _pad_id(teacher: Teacher) -> int:
+    return int(teacher.tokenizer.pad_token_id)
+
+
+def _precision(teacher: Teacher, options: DumpOptions):
+    """float32, or autocast to the precision asked for."""
+    dtype = getattr(torch, options.dtype)
+    return torch.autocast(teacher.model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _check_rows(corpus: Corpus) -> None:
+    if not corpus.examples:
+        raise CorpusError(f"corpus {corpus.source} has no rows")
+    doubled = find_doubled([example.id for example in corpus.examples])
+    if doubled is not None:
+        raise CorpusError(f"corpus {corpus.source} has the id '{doubled}' twice: rows are joined by id, make them unique")
+
+
+def _plan(
+    corpus: Corpus,
+    teacher: Teacher,
+    options: DumpOptions,
+    *,
+    fields: dict[str, FieldSpec],
+    max_length: int,
+    labels: list[int],
+) -> Manifest:
+    """The manifest as it stands before the first shard."""
+    tokenizer = teacher.tokenizer
+    return Manifest(
+        format=FORMAT,
+        version=1,
+        complete=False,
+        teacher=TeacherCard(
+            name=teacher.name,
+            weights_hash=teacher.weights_hash,
+            task="sequence-classification",
+            label_names=teacher.label_names,
+            vocab_size=len(tokenizer),
+            pad_token_id=_pad_id(teacher),
+            unk_token_id=tokenizer.unk_token_id,
+            token_types="token_type_ids" in tokenizer.model_input_names,
+        ),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        corpus=CorpusCard(
+            source=corpus.source,
+            split=corpus.split,
+            hash=corpus.hash,
+            rows=len(corpus.examples),
+            labelled=sum(label != NO_LABEL for label in labels),
+        ),
+        dump=DumpCard(
+            max_length=max_length,
+            shard_rows=options.shard_rows,
+            batch_tokens=options.batch_tokens,
+            dtype=options.dtype,
+            text=options.text,
+        ),
+        fields=fields,
+        shard_rows=[],
+        shard_tokens=[],
+        join="",
+        shards={},
+        versions={package: version(package) for package in _PACKAGES},
+    )
