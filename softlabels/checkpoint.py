@@ -1,0 +1,131 @@
+"""What makes a training resumable: the run folder's lock and configuration, and a checkpoint after every epoch.
+
+A checkpoint is replaced as a whole: a kill leaves the old one or the new one, never a mixture. It holds the weights,
+the optimiser, the schedule and the random numbers (Accelerate's `save_state`), the best weights so far
+(`best.safetensors`) and where the training stands (`progress.json`). It is the user's own folder and never shared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softlabels.cache.files import lock, sync_folder, write_file
+from softlabels.cache.format import TEMPORARY
+from softlabels.errors import ConfigError
+
+_CHECKPOINT = "checkpoint"
+_OPTIONS = "options.json"
+_TRACES = {_OPTIONS, "tensorboard"}  # what a training that never finished an epoch leaves
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a training stands."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0
+    best_score: float = -float("inf")
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@contextmanager
+def run_folder(out: Path, configuration: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """The locked folder `out` for a run of `configuration`; ConfigError where it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        if (out / "run.json").exists():
+            raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
+        strangers = {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)} - _TRACES - {_CHECKPOINT}
+        if strangers and not (out / _OPTIONS).exists():
+            raise ConfigError(f"{out} is not empty and no run (it holds {', '.join(sorted(strangers)[:5])}): choose another --out")
+        if _checkpoint_of(out) is None:
+            _start(out, configuration)
+        else:
+            _refuse_differences(out, configuration)
+            if not resume:
+                raise ConfigError(f"{out} holds an unfinished run: add --resume to go on with it, or delete it")
+        yield
+
+
+def _start(out: Path, configuration: dict[str, Any]) -> None:
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    write_file(out / _OPTIONS, json.dumps(configuration, sort_keys=True, indent=1).encode())
+
+
+def _refuse_differences(out: Path, configuration: dict[str, Any]) -> None:
+    try:
+        before = json.loads((out / _OPTIONS).read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(f"{out / _OPTIONS} is damaged: delete {out}, or choose another --out") from None
+    now = json.loads(json.dumps(configuration))
+    differ = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if differ:
+        raise ConfigError(
+            f"{out} holds an unfinished run of another configuration: {'; '.join(differ)}. Choose another --out, or delete it"
+        )
+
+
+def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerator, state: Progress) -> None:
+    """Replace the checkpoint of `out` by the state after `state.epoch`."""
+    draft, place, old = _paths(out)
+    shutil.rmtree(draft, ignore_errors=True)
+    accelerator.save_state(str(draft))
+    if state.best_epoch == state.epoch:
+        weights = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+        save_file(weights, draft / "best.safetensors")
+    else:
+        shutil.copyfile(place / "best.safetensors", draft / "best.safetensors")
+    write_file(draft / "progress.json", json.dumps(asdict(state)).encode())
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    draft.rename(place)
+    sync_folder(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(out: Path, accelerator: Accelerator) -> Progress:
+    """Put what was prepared with `accelerator` back to the last checkpoint; a fresh Progress where there is none."""
+    place = _checkpoint_of(out)
+    if place is None:
+        return Progress()
+    accelerator.load_state(str(place))
+    return Progress(**json.loads((place / "progress.json").read_bytes()))
+
+
+def best_weights(out: Path) -> dict[str, Tensor]:
+    """The weights of the best epoch."""
+    return load_file(_paths(out)[1] / "best.safetensors")
+
+
+def drop_checkpoint(out: Path) -> None:
+    """The run is whole: its checkpoint is of no more use."""
+    for path in _paths(out):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _paths(out: Path) -> tuple[Path, Path, Path]:
+    return out / f"{TEMPORARY}{_CHECKPOINT}", out / _CHECKPOINT, out / f"{TEMPORARY}old-{_CHECKPOINT}"
+
+
+def _checkpoint_of(out: Path) -> Path | None:
+    """The whole checkpoint of `out`, put back in place where a kill fell between the two renames."""
+    _, place, old = _paths(out)
+    if not place.exists() and old.exists():
+        old.rename(place)
+    return place if (place / "progress.json").exists() else None
