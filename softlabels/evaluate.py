@@ -1,0 +1,242 @@
+"""A run and a labelled corpus come in; quality, fidelity to the teacher, size and latency go out.
+
+The teacher's side comes from a cache of the same corpus. Its latency is measured on a model of its configuration with
+random weights, since the time of a forward pass does not depend on them: the teacher itself is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, classification_report, f1_score
+
+from softlabels.cache import Cache
+from softlabels.corpus import Corpus, encode_labels
+from softlabels.errors import CacheError, CorpusError
+from softlabels.runs import Run, load_run
+from softlabels.tokens import pad_batch, token_hash, tokenize
+from softlabels.types import NO_LABEL, Example
+
+_LATENCY_TEXTS = 50
+_LARGEST_TIMED = 2_000_000_000  # parameters; building a larger teacher only to time it would fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near a student is to its teacher on the rows that corpus and cache share."""
+
+    rows: int
+    agreement: float  # share of rows with the same class
+    kl: float  # mean KL(teacher ‖ student) at T = 1, in nats
+    teacher_accuracy: float | None  # None where no shared row has a label
+    teacher_macro_f1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds for one text alone, tokenisation included: the median over some texts of the corpus."""
+
+    ms: float
+    teacher_ms: float | None
+    teacher_parameters: int | None
+    texts: int
+    threads: int
+
+    @property
+    def times_faster(self) -> float | None:
+        return None if self.teacher_ms is None else self.teacher_ms / self.ms
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` found. `classes` maps a class to precision, recall, f1-score and support."""
+
+    run: str
+    corpus: str
+    rows: int  # with a label
+    accuracy: float
+    macro_f1: float
+    classes: dict[str, dict[str, float]]
+    averages: dict[str, dict[str, float]]
+    fidelity: Fidelity | None
+    parameters: int
+    bytes: int
+    latency: Latency
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
+        return asdict(self) | {"times_faster": self.latency.times_faster}
+
+
+def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evaluation:
+    """Score the student in `run` on the labelled rows of `corpus`; against its teacher with a `cache` of that corpus."""
+    student = load_run(run)
+    labels = np.array(encode_labels(corpus.examples, student.label_names))
+    rows = np.flatnonzero(labels != NO_LABEL)
+    if not len(rows):
+        raise CorpusError(f"corpus {corpus.source} has no labelled row to score against: give one with labels")
+    logits = student.logits(corpus.examples)  # (N, C)
+    report = _report(labels[rows], logits[rows].argmax(axis=1), student.label_names)
+    names = set(student.label_names)
+    return Evaluation(
+        run=str(run),
+        corpus=corpus.source if corpus.split is None else f"{corpus.source}:{corpus.split}",
+        rows=len(rows),
+        accuracy=float(accuracy_score(labels[rows], logits[rows].argmax(axis=1))),
+        macro_f1=float(report["macro avg"]["f1-score"]),
+        classes={name: scores for name, scores in report.items() if name in names},
+        averages={name: report[name] for name in ("macro avg", "weighted avg")},
+        fidelity=None if cache is None else _fidelity(student, corpus, logits, cache, labels),
+        parameters=student.parameters,
+        bytes=student.size_on_disk,
+        latency=_latency(student, [corpus.examples[row] for row in rows], cache),
+    )
+
+
+def _report(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """scikit-learn's report over every class the model knows, those without a row included (support 0)."""
+    return classification_report(
+        labels,
+        predicted,
+        labels=list(range(len(names))),
+        target_names=list(names),
+        output_dict=True,
+        zero_division=0.0,
+    )
+
+
+def _fidelity(student: Run, corpus: Corpus, logits: np.ndarray, cache: Cache, labels: np.ndarray) -> Fidelity:
+    cache.require(["logits"], why="fidelity")
+    if cache.label_names != student.label_names:
+        raise CacheError(
+            f"cache {cache.path} has the classes {cache.label_names}, the student {student.label_names}: "
+            f"give a cache of the student's own teacher"
+        )
+    shared, theirs = _join(corpus, cache)
+    teacher = torch.from_numpy(cache.column("logits")[theirs]).double().log_softmax(-1)  # (N, C)
+    own = torch.from_numpy(logits[shared]).double().log_softmax(-1)
+    says = teacher.argmax(-1).numpy()
+    labelled = labels[shared] != NO_LABEL
+    truth = labels[shared][labelled]
+    return Fidelity(
+        rows=len(shared),
+        agreement=float((own.argmax(-1) == teacher.argmax(-1)).double().mean()),
+        kl=float((teacher.exp() * (teacher - own)).sum(-1).mean()),
+        teacher_accuracy=float(accuracy_score(truth, says[labelled])) if len(truth) else None,
+        teacher_macro_f1=_macro_f1(truth, says[labelled], student.label_names) if len(truth) else None,
+    )
+
+
+def _macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
+    return float(f1_score(truth, predicted, labels=list(range(len(names))), average="macro", zero_division=0.0))
+
+
+def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of corpus and cache that are the same example: same id and same tokens."""
+    tokens = tokenize(cache.tokenizer(), corpus.examples, max_length=cache.manifest.dump.max_length).examples
+    rows = {(name, number): row for row, (name, number) in enumerate(zip(cache.ids, cache.token_hashes.tolist(), strict=True))}
+    pairs = [(i, rows[key]) for i, example in enumerate(tokens) if (key := (example.id, token_hash(example))) in rows]
+    if not pairs:
+        raise CacheError(
+            f"no row of {corpus.source} is in cache {cache.path} (by id and tokens): "
+            f"dump this corpus with the student's teacher and give that cache"
+        )
+    return np.array([i for i, _ in pairs]), np.array([row for _, row in pairs])
+
+
+# -------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(student: Run, examples: Sequence[Example], cache: Cache | None) -> Latency:
+    """Student and teacher take turns on the same texts, so that a busy machine slows both."""
+    step = max(1, len(examples) // _LATENCY_TEXTS)
+    chosen = list(examples[::step][:_LATENCY_TEXTS])
+    teacher = None if cache is None else _teacher_clock(cache)
+    mine: list[float] = []
+    theirs: list[float] = []
+    warm = len(chosen[:3])  # texts that are only there to warm up
+    for example in (*chosen[:warm], *chosen):
+        mine.append(_milliseconds(lambda example=example: student.logits([example])))
+        if teacher is not None:
+            theirs.append(_milliseconds(lambda example=example: teacher.answer(example)))
+    return Latency(
+        ms=statistics.median(mine[warm:]),
+        teacher_ms=statistics.median(theirs[warm:]) if theirs else None,
+        teacher_parameters=None if teacher is None else teacher.parameters,
+        texts=len(chosen),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _TeacherClock:
+    answer: Callable[[Example], Any]
+    parameters: int
+
+
+def _teacher_clock(cache: Cache) -> _TeacherClock | None:
+    """A model of the teacher's shape with random weights; None where it is too large to build here."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(cache.path / "teacher", local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(config).parameters())
+    if size > _LARGEST_TIMED:
+        return None
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer, limit = cache.tokenizer(), cache.manifest.dump.max_length
+
+    @torch.no_grad()
+    def answer(example: Example) -> torch.Tensor:
+        tokens = tokenize(tokenizer, [example], max_length=limit).examples
+        return model(**pad_batch(tokens, pad_token_id=cache.manifest.teacher.pad_token_id).model_inputs()).logits
+
+    return _TeacherClock(answer, size)
+
+
+# ----------------------------------------------------------------------------------------------------------- predict
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a student says of one text."""
+
+    text: str
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+def predict(run: Path, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:
+    """The student's class for every text (or pair of texts), with its probability (softmax of its logits, T = 1)."""
+    student = load_run(run)
+    examples = [
+        Example(str(i), text, None) if isinstance(text, str) else Example(str(i), text[0], text[1])
+        for i, text in enumerate(texts)
+    ]
+    rows = torch.from_numpy(student.logits(examples)).softmax(-1).tolist()
+    names = student.label_names
+    best = [max(range(len(names)), key=row.__getitem__) for row in rows]
+    return [
+        Prediction(example.text, names[i], row[i], dict(zip(names, row, strict=True)))
+        for example, row, i in zip(examples, rows, best, strict=True)
+    ]
+
+
+def to_json(value: Any) -> str:
+    """`--json` output: one line, numbers as they are."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

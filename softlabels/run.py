@@ -1,0 +1,295 @@
+"""Every stage of a recipe, in order; a stage whose inputs haven't changed is skipped.
+
+corpus → teacher → dump → students, each from soft labels and (its twin) from hard labels alone → evaluation → table.
+Everything lies in one folder:
+
+    teacher/  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
+    stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
+    results.json        the table as data
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from softlabels.cache import open_cache
+from softlabels.cache.files import lock, write_file
+from softlabels.config import Recipe, StudentEntry, StudentOptions, fingerprint
+from softlabels.corpus import Corpus, read_corpus
+from softlabels.dump import dump
+from softlabels.errors import ConfigError
+from softlabels.evaluate import evaluate
+from softlabels.teacher import TeacherOptions, train_teacher
+from softlabels.train import train_student
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One student of the table. Figures are means over its seeds; `hard` ones belong to the twin, if there is one."""
+
+    student: str
+    seeds: int
+    parameters: int
+    bytes: int
+    accuracy_soft: float
+    macro_f1_soft: float
+    accuracy_hard: float | None
+    macro_f1_hard: float | None
+    agreement: float
+    ms: float
+    times_faster: float
+    train_seconds: float  # of one soft-label student
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a recipe gave."""
+
+    recipe: str
+    out: str
+    rows: list[Row]
+    teacher_accuracy: float
+    teacher_macro_f1: float
+    teacher_parameters: int
+    teacher_ms: float
+    teacher_seconds: float  # fine-tuning (0 where the teacher was ready) and dumping: paid once
+    cache_rows: int
+    cache_bytes: int
+    skipped: int  # stages whose inputs hadn't changed
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Stages:
+    """The folder of a recipe's run, and which of its stages are done."""
+
+    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
+        self.out, self.say, self.skipped = out, say, 0
+
+    def run(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, makes: Path | None = None) -> dict[str, Any]:
+        """The result of stage `name`: remembered where its inputs are the same and what it `makes` is there."""
+        place, key = self.out / "stages" / f"{name}.json", fingerprint(inputs)
+        before = _read_json(place)
+        if before is not None and before.get("fingerprint") == key and (makes is None or makes.exists()):
+            self.skipped += 1
+            return before["result"]
+        self.say(f"{name} …")
+        started = time.monotonic()
+        result = work()
+        # an interrupted stage that went on later counts all of its time where it kept count itself
+        result.setdefault("seconds", time.monotonic() - started)
+        write_file(place, json.dumps({"fingerprint": key, "result": result}, sort_keys=True, indent=1).encode())
+        return result
+
+
+def run_recipe(recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False) -> RunResult:
+    """Run `recipe` in the folder `out`. Interrupted, the same call goes on; repeated, it costs a few seconds."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        stages = _Stages(out, say)
+        corpora = _Corpora(recipe)
+        teacher, teacher_key, teacher_seconds = _teacher(recipe, stages, corpora)
+        cache_key = fingerprint([teacher_key, corpora.key("transfer"), recipe.dump.model_dump()])
+        test_key = fingerprint([teacher_key, corpora.key("test"), recipe.dump.model_dump()])
+        dumped = _dump(recipe, stages, "cache", lambda: corpora.read("transfer"), teacher=teacher, key=cache_key)
+        _dump(recipe, stages, "cache-test", lambda: corpora.read("test"), teacher=teacher, key=test_key, logits_only=True)
+        results = [
+            (entry, _student(entry, stages, corpora, cache_key=cache_key, test_key=test_key, cpu=cpu))
+            for entry in recipe.students
+        ]
+        result = _table(recipe, out, results, dumped, teacher_seconds + dumped["seconds"], stages.skipped)
+        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+    return result
+
+
+class _Corpora:
+    """The recipe's corpora, read only when a stage has to run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.choice, self._read = recipe.corpus, {}  # type: ignore[var-annotated]
+        if recipe.corpus.test is None and recipe.corpus.test_source is None:
+            raise ConfigError(f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)")
+
+    def key(self, use: str) -> str:
+        """A fingerprint of a corpus that costs no reading: sizes and times of files, versions of packages."""
+        source, split = self._place(use)
+        return fingerprint([source, split, self.choice.text, self.choice.label, self._rows(use), _state_of(source)])
+
+    def read(self, use: str) -> Corpus:
+        source, split = self._place(use)
+        rows = self._rows(use)
+        if (source, split, rows) not in self._read:
+            self._read[source, split, rows] = read_corpus(
+                source, split=split, text=self.choice.text, label=self.choice.label, rows=rows
+            )
+        return self._read[source, split, rows]
+
+    def _place(self, use: str) -> tuple[str, str | None]:
+        choice = self.choice
+        if use == "test":
+            return choice.test_source or choice.source, choice.test
+        return choice.source, choice.train if use == "train" or choice.transfer is None else choice.transfer
+
+    def _rows(self, use: str) -> int | None:
+        return None if use == "test" else self.choice.rows
+
+
+def _state_of(source: str) -> Any:
+    path = Path(source)
+    if path.is_file():
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    if path.is_dir():
+        return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in path.iterdir() if file.is_file())
+    if source.startswith("builtin:"):
+        from softlabels.docstrings import corpus_key
+
+        return corpus_key()
+    return None
+
+
+def _teacher(recipe: Recipe, stages: _Stages, corpora: _Corpora) -> tuple[str, str, float]:
+    """Where the teacher is, what it depends on, and the seconds its fine-tuning took."""
+    choice = recipe.teacher
+    if choice.train is None:
+        return choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0
+    key = fingerprint([choice.model_dump(), _state_of(choice.model), corpora.key("train")])
+    out = stages.out / "teacher"
+    options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}))
+
+    def work() -> dict[str, Any]:
+        corpus = corpora.read("train")
+        report = train_teacher(corpus, model=choice.model, out=out, options=options)
+        return {"seconds": report.seconds}
+
+    return str(out), key, stages.run("teacher", key, work, makes=out / "config.json")["seconds"]
+
+
+def _dump(
+    recipe: Recipe,
+    stages: _Stages,
+    name: str,
+    corpus: Callable[[], Corpus],
+    *,
+    teacher: str,
+    key: str,
+    logits_only: bool = False,
+) -> dict[str, Any]:
+    out = stages.out / name
+    options = recipe.dump.model_copy(update={"capture": ["logits"]}) if logits_only else recipe.dump
+
+    def work() -> dict[str, Any]:
+        report = dump(corpus(), teacher=teacher, out=out, options=options)
+        return {"rows": report.rows, "bytes": report.bytes, "truncated": report.truncated}
+
+    return stages.run(name, [key, options.model_dump()], work, makes=out / "manifest.json")
+
+
+def _student(
+    entry: StudentEntry, stages: _Stages, corpora: _Corpora, *, cache_key: str, test_key: str, cpu: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The evaluations of a student and of its hard-label twin, one a seed each."""
+    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
+    for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
+        for seed in entry.seeds:
+            options = _options(entry, kind, seed)
+            name = f"{entry.name}-{kind}-seed{seed}"
+            run = stages.out / "students" / name
+            key = fingerprint([options.model_dump(), cache_key])
+            trained = stages.run(
+                f"train-{name}",
+                key,
+                lambda run=run, options=options: _train(stages.out / "cache", run, options, cpu=cpu),
+                makes=run / "run.json",
+            )
+            evaluated = stages.run(
+                f"evaluate-{name}",
+                [key, test_key],
+                lambda run=run: _evaluate(run, corpora.read("test"), stages.out / "cache-test"),
+            )
+            found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
+    return found
+
+
+def _options(entry: StudentEntry, kind: str, seed: int) -> StudentOptions:
+    changes: dict[str, Any] = {"seed": seed}
+    if kind == "hard":
+        changes |= {"losses": {"ce": 1.0}, "temperature": "1", "epochs": entry.hard_epochs or entry.epochs}
+    common = {name: getattr(entry, name) for name in StudentOptions.model_fields}
+    return StudentOptions(**(common | changes))
+
+
+def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dict[str, Any]:
+    if (run / "run.json").exists():  # a finished student of other inputs: it belongs to this folder, and is cheap
+        shutil.rmtree(run)
+    try:
+        report = train_student(open_cache(cache), out=run, options=options, resume=True, cpu=cpu)
+    except ConfigError:
+        if not (run / "options.json").exists():
+            raise
+        shutil.rmtree(run)  # an unfinished student of another configuration
+        report = train_student(open_cache(cache), out=run, options=options, cpu=cpu)
+    return {"seconds": report.train_seconds, "epochs": report.epochs, "rows": report.rows}
+
+
+def _evaluate(run: Path, corpus: Corpus, cache: Path) -> dict[str, Any]:
+    return evaluate(run, corpus, cache=open_cache(cache)).to_dict()
+
+
+def _table(
+    recipe: Recipe,
+    out: Path,
+    results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
+    dumped: dict[str, Any],
+    teacher_seconds: float,
+    skipped: int,
+) -> RunResult:
+    rows = []
+    for entry, found in results:
+        soft, hard = found["soft"], found["hard"]
+        rows.append(
+            Row(
+                student=entry.name,
+                seeds=len(soft),
+                parameters=soft[0]["parameters"],
+                bytes=round(mean(item["bytes"] for item in soft)),
+                accuracy_soft=mean(item["accuracy"] for item in soft),
+                macro_f1_soft=mean(item["macro_f1"] for item in soft),
+                accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
+                macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
+                agreement=mean(item["fidelity"]["agreement"] for item in soft),
+                ms=mean(item["latency"]["ms"] for item in soft),
+                times_faster=mean(item["times_faster"] for item in soft),
+                train_seconds=mean(item["train_seconds"] for item in soft),
+            )
+        )
+    every = [item for _, found in results for item in (*found["soft"], *found["hard"])]
+    fidelity = every[0]["fidelity"]
+    return RunResult(
+        recipe=recipe.name,
+        out=str(out),
+        rows=rows,
+        teacher_accuracy=fidelity["teacher_accuracy"],
+        teacher_macro_f1=fidelity["teacher_macro_f1"],
+        teacher_parameters=every[0]["latency"]["teacher_parameters"],
+        teacher_ms=mean(item["latency"]["teacher_ms"] for item in every),
+        teacher_seconds=teacher_seconds,
+        cache_rows=dumped["rows"],
+        cache_bytes=dumped["bytes"],
+        skipped=skipped,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
