@@ -27,7 +27,7 @@ from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
 from softlabels.objective import Objective, build_objective
 from softlabels.progress import progress
 from softlabels.runs import RunRecord, save_run
-from softlabels.students import StudentSpec, build_student
+from softlabels.students import LINEAR, StudentSpec, build_student, check_student, student_inputs
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.tokens import batches_by_length, pad_batch, shuffled_batches, tokenize
 from softlabels.types import NO_LABEL, Signals, TokenBatch, TokenizedExample
@@ -64,12 +64,13 @@ def train_student(
     """
     started = time.monotonic()
     out = Path(out)
+    check_student(options.student)
     objective = build_objective(options.losses, options.temperature)
     cache.require(objective.fields(), why=f"loss '{_first_soft(objective)}'")
     rows = _teaching_rows(cache, objective)
     split = _hold_out(rows, cache, options, validation)
     with run_folder(out, _configuration(cache, options, validation), resume=resume):
-        train = _train_linear if options.student == "linear" else _train_network
+        train = _train_linear if options.student == LINEAR else _train_network
         outcome = train(cache, objective, options, split, out=out, cpu=cpu)
         record = RunRecord(
             student=options.student,
@@ -146,7 +147,7 @@ def _train_epoch(
 
 
 def _forward(student: PreTrainedModel, batch: TokenBatch) -> Signals:
-    logits = student(**batch.model_inputs()).logits.float()  # (B, C)
+    logits = student(**student_inputs(student, batch)).logits.float()  # (B, C)
     return Signals({"logits": logits}, batch.attention_mask, batch.labels)
 
 
@@ -347,23 +348,24 @@ def _train_linear(
         )
     began = time.monotonic()
     texts = cache.texts()
-    chosen = [texts[row] for row in split.train]
     soft = names == {"mse_logits"}
     student = fit_linear(
-        chosen,
-        label_names=cache.label_names,
+        [texts[row][0] for row in split.train],
+        num_labels=len(cache.label_names),
         logits=cache.column("logits")[split.train] if soft else None,
         labels=None if soft else cache.labels[split.train],
+        pairs=[texts[row][1] for row in split.train],
         options=options.options,
     )
     seconds = time.monotonic() - began
     scores: dict[str, float] = {}
     if split.corpus:
-        logits = student.logits([(example.text, example.text_b) for example in split.corpus])
-        scores["accuracy"] = float(np.mean(logits.argmax(1) == [example.label for example in split.corpus]))
+        logits = student.logits([row.text for row in split.corpus], pairs=[row.text_b for row in split.corpus])
+        scores["accuracy"] = float(np.mean(logits.argmax(1) == [row.label for row in split.corpus]))
     elif len(split.held_out):
         teacher = cache.signals(split.held_out, objective.fields())
-        logits = student.logits([texts[row] for row in split.held_out])
+        held_out = [texts[row] for row in split.held_out]
+        logits = student.logits([text for text, _ in held_out], pairs=[pair for _, pair in held_out])
         own = Signals({"logits": torch.from_numpy(logits)}, teacher.mask, teacher.labels)
         scores["loss"] = objective(own, teacher, progress=1.0)[0].item()
     return _Outcome(student, 1, None, scores, [], seconds)

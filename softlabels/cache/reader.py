@@ -19,7 +19,7 @@ import torch
 
 from softlabels.cache.codec import DTYPES
 from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, read_manifest, shard_file
-from softlabels.cache.writer import field_schema
+from softlabels.cache.writer import examples_schema, field_schema
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.types import NO_LABEL, Signals, TokenBatch
@@ -220,14 +220,28 @@ class Cache:
         return table
 
     def _check_schema(self, field: str, shard: int, table: pa.Table, path: Path) -> None:
+        card = self.manifest.teacher
         if field == EXAMPLES:
-            wanted = {"id": pa.string(), "token_hash": pa.uint64(), "label": pa.int32()}
-            fits = all(name in table.column_names and table.schema.field(name).type == kind for name, kind in wanted.items())
-            fits = fits and "input_ids" in table.column_names and table.schema.field("input_ids").type.value_type in (pa.uint16(), pa.int32())
+            wanted = examples_schema(
+                shard, vocab_size=card.vocab_size, token_types=card.token_types, text=self.manifest.dump.text
+            )
         else:
-            fits = table.schema.equals(field_schema(field, self.fields[field], shard))
-        if not fits or any(column.null_count for column in table.columns):
-            raise CacheError(f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another cache")
+            wanted = field_schema(field, self.fields[field], shard)
+        if not table.schema.equals(wanted, check_metadata=True) or any(column.null_count for column in table.columns):
+            raise CacheError(f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another place")
+        if field == EXAMPLES:
+            self._check_examples(table, path)
+
+    def _check_examples(self, table: pa.Table, path: Path) -> None:
+        """Token ids and labels stay in their tables: a student indexes its embedding with them."""
+        card = self.manifest.teacher
+        ids = [_flat(chunk) for chunk in table.column("input_ids").chunks]
+        labels = table.column("label").to_numpy()
+        real = labels[labels != NO_LABEL]
+        if any(len(part) and (part.min() < 0 or part.max() >= card.vocab_size) for part in ids):
+            raise CacheError(f"{path} has token ids beyond the vocabulary of {card.vocab_size}: it is damaged")
+        if len(real) and (real.min() < 0 or real.max() >= len(card.label_names)):
+            raise CacheError(f"{path} has labels beyond the {len(card.label_names)} classes: it is damaged")
 
     def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
         table = self._shard(field, shard)

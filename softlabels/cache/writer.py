@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -169,36 +170,55 @@ class FieldShard:
             temporary(self.path).unlink(missing_ok=True)
 
 
-def examples_batch(
-    examples: Sequence[TokenizedExample], *, shard: int, vocab_size: int, token_types: bool, text: bool
-) -> pa.RecordBatch:
-    """The `examples` columns of one shard."""
-    ids_type = pa.uint16() if vocab_size <= 65_536 else pa.int32()
-    columns: list[tuple[str, pa.Array]] = [
-        ("id", pa.array([example.id for example in examples], pa.string())),
-        ("token_hash", pa.array([token_hash(example) for example in examples], pa.uint64())),
-        ("input_ids", _list_column([example.input_ids for example in examples], ids_type)),
-    ]
+def examples_schema(shard: int, *, vocab_size: int, token_types: bool, text: bool) -> pa.Schema:
+    """The Arrow schema of an `examples` shard."""
+    columns = {"id": pa.string(), "token_hash": pa.uint64()}
+    columns["input_ids"] = _list_type(pa.uint16() if vocab_size <= 65_536 else pa.int32())
     if token_types:
-        rows = [np.zeros(len(e.input_ids), np.uint8) if e.token_type_ids is None else e.token_type_ids for e in examples]
-        columns.append(("token_type_ids", _list_column(rows, pa.uint8())))
-    columns.append(("label", pa.array([example.label for example in examples], pa.int32())))
+        columns["token_type_ids"] = _list_type(pa.uint8())
+    columns["label"] = pa.int32()
     if text:
-        columns.append(("text", pa.array([example.text for example in examples], pa.string())))
-        columns.append(("text_b", pa.array([example.text_b or "" for example in examples], pa.string())))
-    schema = pa.schema(
-        [pa.field(name, column.type, nullable=False) for name, column in columns], metadata=metadata(EXAMPLES, shard)
-    )
-    return pa.record_batch([column for _, column in columns], schema=schema)
+        columns |= {"text": pa.string(), "text_b": pa.string()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
+    return pa.schema(fields, metadata=metadata(EXAMPLES, shard))
 
 
-def _list_column(rows: Sequence[np.ndarray], element: pa.DataType) -> pa.Array:
+def _list_type(element: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", element, nullable=False))
+
+
+def examples_batch(examples: Sequence[TokenizedExample], schema: pa.Schema) -> pa.RecordBatch:
+    """The `examples` columns of one shard, those that `schema` asks for."""
+    columns = []
+    for field in schema:
+        if field.name == "input_ids":
+            columns.append(_list_column([example.input_ids for example in examples], field.type))
+        elif field.name == "token_type_ids":
+            columns.append(_list_column([_types_of(example) for example in examples], field.type))
+        else:
+            columns.append(pa.array([_VALUES[field.name](example) for example in examples], field.type))
+    return pa.record_batch(columns, schema=schema)
+
+
+_VALUES: dict[str, Callable[[TokenizedExample], Any]] = {
+    "id": lambda example: example.id,
+    "token_hash": token_hash,
+    "label": lambda example: example.label,
+    "text": lambda example: example.text,
+    "text_b": lambda example: example.text_b or "",
+}
+
+
+def _types_of(example: TokenizedExample) -> np.ndarray:
+    types = example.token_type_ids
+    return np.zeros(len(example.input_ids), np.uint8) if types is None else types
+
+
+def _list_column(rows: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = pa.array(np.concatenate(rows).astype(element.to_pandas_dtype()), element)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), values, type=pa.list_(pa.field("item", element, nullable=False))
-    )
+    values = pa.array(np.concatenate(rows).astype(kind.value_type.to_pandas_dtype()), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
 
 
 def write_examples(
@@ -212,7 +232,8 @@ def write_examples(
     truncated: int = 0,
 ) -> Receipt:
     """Write and commit one shard of `examples`; `truncated` of them were cut."""
-    batch = examples_batch(examples, shard=shard, vocab_size=vocab_size, token_types=token_types, text=text)
+    schema = examples_schema(shard, vocab_size=vocab_size, token_types=token_types, text=text)
+    batch = examples_batch(examples, schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

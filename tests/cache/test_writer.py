@@ -11,7 +11,7 @@ import pytest
 
 from softlabels.cache.files import hash_file, lock, sweep_temporary, write_file
 from softlabels.cache.format import FieldSpec, read_receipt, shard_file
-from softlabels.cache.writer import FieldShard, batch_bounds, examples_batch, join_hash, write_examples
+from softlabels.cache.writer import FieldShard, batch_bounds, examples_batch, examples_schema, join_hash, write_examples
 from softlabels.errors import CacheError
 from softlabels.types import NO_LABEL, TokenizedExample
 
@@ -110,7 +110,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 def test_examples_have_the_columns_of_the_format(tmp_path: Path) -> None:
     rows = [example("a", [101, 7, 102], 1), example("b", [101, 102])]
-    narrow = examples_batch(rows, shard=0, vocab_size=65_536, token_types=True, text=True)
+    narrow = examples_batch(rows, examples_schema(0, vocab_size=65_536, token_types=True, text=True))
     assert str(narrow.schema.remove_metadata()) == (
         "id: string not null\n"
         "token_hash: uint64 not null\n"
@@ -122,7 +122,7 @@ def test_examples_have_the_columns_of_the_format(tmp_path: Path) -> None:
         "text: string not null\n"
         "text_b: string not null"
     )
-    wide = examples_batch(rows, shard=0, vocab_size=65_537, token_types=False, text=False)
+    wide = examples_batch(rows, examples_schema(0, vocab_size=65_537, token_types=False, text=False))
     assert wide.schema.names == ["id", "token_hash", "input_ids", "label"]
     assert wide.schema.field("input_ids").type.value_type == pa.int32()
     receipt = write_examples(tmp_path, rows, shard=0, vocab_size=100, token_types=True, text=True, truncated=1)
