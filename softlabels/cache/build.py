@@ -89,7 +89,9 @@ class CacheBuild:
     def _receipt(self, field: str, shard: int) -> Receipt:
         receipt = read_receipt(self.folder, field, shard)
         if receipt is None:
-            raise CacheError(f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again")
+            raise CacheError(
+                f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again"
+            )
         return receipt
 
 
@@ -119,8 +121,13 @@ def _previous(folder: Path) -> Manifest | None:
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     strangers = [path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
-    if set(strangers) - {"teacher", "tokenizer"}:  # a dump that was killed before its first manifest leaves at most these
-        raise CacheError(f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out")
+    if set(strangers) - {
+        "teacher",
+        "tokenizer",
+    }:  # a dump that was killed before its first manifest leaves at most these
+        raise CacheError(
+            f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out"
+        )
     return None
 
 
@@ -132,8 +139,8 @@ def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) ->
             differences.append(f"field {field} is there as {previous.fields[field].type}")
     if differences:
         raise CacheError(
-            f"{folder} holds a cache of another configuration: {'; '.join(differences)}. Choose another --out, or repeat "
-            f"the first command"
+            f"{folder} holds a cache of another configuration: {'; '.join(differences)}. Choose another --out, "
+            f"or repeat the first command"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from softlabels.cache.format import FieldSpec
 from softlabels.errors import CacheError
 
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _TORCH = {"float32": torch.float32, "float16": torch.float16}
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": float(np.finfo(np.float16).max)}
 
@@ -29,8 +29,8 @@ def encode(values: Tensor, spec: FieldSpec, *, field: str, ids: list[str]) -> np
         names = ", ".join(ids[row] for row in rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
         if bool(torch.isfinite(flat[rows]).all()):
             raise CacheError(
-                f"field '{field}' has values beyond ±{largest:.0f}, which {spec.type} cannot hold, in example(s) {names}: "
-                f"dump with --codec float32"
+                f"field '{field}' has values beyond ±{largest:.0f}, which {spec.type} cannot hold, in example(s) "
+                f"{names}: dump with --codec float32"
             )
         raise CacheError(
             f"the teacher gave NaN or infinite values in field '{field}' for example(s) {names}: its weights or its "

@@ -82,7 +82,9 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CacheError(f"{folder} is being written by another process: wait for it, or choose another --out") from None
+            raise CacheError(
+                f"{folder} is being written by another process: wait for it, or choose another --out"
+            ) from None
         yield
     finally:
         os.close(handle)

@@ -52,7 +52,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from softlabels.errors import CacheError
 
-FORMAT = "softlabels-cache"
+FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"

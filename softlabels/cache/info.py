@@ -27,7 +27,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "classes": manifest.teacher.label_names,
         "max_length": manifest.dump.max_length,
         "fields": fields,
-        "examples": {"bytes": sum(manifest.shards[EXAMPLES].bytes)} if manifest.complete else None,
+        "examples_bytes": sum(manifest.shards[EXAMPLES].bytes) if manifest.complete else None,
         "bytes": sum(sum(table.bytes) for table in manifest.shards.values()) if manifest.complete else None,
         "versions": manifest.versions,
     }

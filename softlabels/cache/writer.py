@@ -7,6 +7,7 @@ values go, and each batch is written straight into its place. Memory holds a bat
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -53,7 +54,9 @@ def batch_bounds(counts: np.ndarray, *, limit: int = LIST_LIMIT) -> list[int]:
     bounds, total = [0], 0
     for row, count in enumerate(counts.tolist()):
         if count > limit:
-            raise CacheError(f"one row has {count} values, more than an Arrow list holds ({limit}): give a smaller --max-length")
+            raise CacheError(
+                f"one row has {count} values, more than an Arrow list holds ({limit}): give a smaller --max-length"
+            )
         if total + count > limit:
             bounds.append(row)
             total = 0
@@ -113,7 +116,7 @@ class FieldShard:
         layout = _Layout(self.handle)
         bounds = batch_bounds(self.counts, limit=limit)
         with pa.ipc.new_file(pa.PythonFile(layout, mode="w"), schema) as writer:
-            for start, stop in zip(bounds, bounds[1:], strict=False):
+            for start, stop in itertools.pairwise(bounds):
                 ends = np.cumsum(self.counts[start:stop])
                 total = int(ends[-1])
                 # memory that is never touched takes no room; it only stands for the values in the layout
@@ -126,7 +129,9 @@ class FieldShard:
         return places
 
     def _column(self, schema: pa.Schema, values: pa.Buffer, ends: np.ndarray, total: int) -> pa.Array:
-        flat = pa.Array.from_buffers(_ARROW[self.spec.type], total, [None, values.slice(0, total * DTYPES[self.spec.type].itemsize)])
+        flat = pa.Array.from_buffers(
+            _ARROW[self.spec.type], total, [None, values.slice(0, total * DTYPES[self.spec.type].itemsize)]
+        )
         column = schema.field(0).type
         if self.spec.kind == "row":
             return pa.Array.from_buffers(column, len(ends), [None], children=[flat])
@@ -138,7 +143,7 @@ class FieldShard:
         data = np.ascontiguousarray(values, dtype=DTYPES[self.spec.type])
         if data.size != self.counts[row]:
             raise ValueError(f"row {row} needs {self.counts[row]} values, got {data.size}")
-        view, place = memoryview(data).cast("B"), int(self.places[row])
+        view, place = memoryview(data.data).cast("B"), int(self.places[row])
         while len(view):
             count = os.pwrite(self.handle, view, place)
             view, place = view[count:], place + count
