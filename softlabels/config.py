@@ -158,7 +158,9 @@ class DumpOptions(Strict):
     max_length: int | None = Field(default=None, ge=1)
     shard_rows: int = Field(default=4096, ge=1)
     batch_tokens: int = Field(default=8192, ge=1)
-    codec: Literal["float32", "float16"] = "float16"  # of hidden, qkv and attention; logits stay float32
+    # of hidden, qkv and attention (which cannot be int8); logits stay float32
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    overflow: Literal["refuse", "clip"] = "refuse"  # of values beyond the codec's largest, ±65,504 for float16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the teacher computes in it
     text: bool = True  # keep the raw texts in the cache
 

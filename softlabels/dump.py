@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from softlabels.cache.build import CacheBuild, build_cache, find_doubled, tokenizer_hash
-from softlabels.cache.codec import encode
 from softlabels.cache.format import (
     EXAMPLES,
     FORMAT,
@@ -26,6 +25,7 @@ from softlabels.cache.format import (
     Manifest,
     TeacherCard,
 )
+from softlabels.cache.info import clipped_values
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.config import DumpOptions
@@ -50,6 +50,7 @@ class DumpReport:
     fields: list[str]
     seconds: float
     bytes: int
+    clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
 def dump(
@@ -90,7 +91,9 @@ def dump(
                     tokens = tokenize(
                         loaded.tokenizer, rows, max_length=max_length, labels=labels[start : start + len(rows)]
                     )
-                    _dump_shard(build, run, loaded, shard=shard, rows=tokens, missing=absent, update=update)
+                    _dump_shard(
+                        build, run, loaded, options, shard=shard, rows=tokens, missing=absent, update=update
+                    )
             final = build.finish()
     return DumpReport(
         cache=out,
@@ -99,7 +102,8 @@ def dump(
         truncated=final.corpus.truncated,
         fields=sorted(final.fields),
         seconds=time.monotonic() - started,
-        bytes=sum(sum(table.bytes) for table in final.shards.values()),
+        bytes=sum(table.total for table in final.shards.values()),
+        clipped=clipped_values(final),
     )
 
 
@@ -111,6 +115,7 @@ def _dump_shard(
     build: CacheBuild,
     run: TeacherRun,
     teacher: Teacher,
+    options: DumpOptions,
     *,
     shard: int,
     rows: Tokenized,
@@ -134,7 +139,14 @@ def _dump_shard(
     try:
         for field in missing:
             if field != EXAMPLES:
-                writers[field] = FieldShard(build.folder, field, manifest.fields[field], shard=shard, tokens=lengths)
+                writers[field] = FieldShard(
+                    build.folder,
+                    field,
+                    manifest.fields[field],
+                    shard=shard,
+                    tokens=lengths,
+                    overflow=options.overflow,
+                )
         batches = batches_by_length(lengths, batch_tokens=manifest.dump.batch_tokens)
         for numbers in batches if writers else []:
             batch = [examples[number] for number in numbers]
@@ -153,26 +165,7 @@ def _write_batch(
 ) -> None:
     ids = [example.id for example in batch]
     for field, writer in writers.items():
-        spec, mask = writer.spec, [len(example.input_ids) for example in batch]
-        encoded = encode(_without_padding(values[field], spec, mask), spec, field=field, ids=ids)
-        for i, (number, length) in enumerate(zip(numbers.tolist(), mask, strict=True)):
-            row = encoded[i]
-            if spec.kind == "token":
-                row = row[:length]
-            elif spec.kind == "pair":
-                row = row[:, :length, :length]
-            writer.put(number, row)
-
-
-def _without_padding(values: torch.Tensor, spec: FieldSpec, lengths: list[int]) -> torch.Tensor:
-    """Zero where there is only padding, which is never stored and may hold anything, NaN included."""
-    if spec.kind == "row":
-        return values
-    inside = torch.arange(values.shape[-1 if spec.kind == "pair" else 1], device=values.device)
-    real = inside < torch.tensor(lengths, device=values.device)[:, None]  # (B, L)
-    if spec.kind == "token":
-        return values.masked_fill(~real[:, :, None], 0.0)
-    return values.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
+        writer.write(numbers, values[field], ids=ids)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:

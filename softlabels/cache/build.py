@@ -69,9 +69,7 @@ class CacheBuild:
                         f"{shard_file(self.folder, field, shard)} belongs to other examples than this cache's: "
                         f"delete the folder {self.folder / field} and dump the field again"
                     )
-            tables[field] = ShardTable(
-                bytes=[receipt.bytes for receipt in receipts], xxh3_128="".join(r.xxh3_128 for r in receipts)
-            )
+            tables[field] = ShardTable.of(receipts)
         corpus = self.manifest.corpus.model_copy(update={"truncated": sum(r.truncated for r in examples)})
         whole = self.manifest.model_dump() | {
             "complete": True,
@@ -89,7 +87,9 @@ class CacheBuild:
     def _receipt(self, field: str, shard: int) -> Receipt:
         receipt = read_receipt(self.folder, field, shard)
         if receipt is None:
-            raise CacheError(f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again")
+            raise CacheError(
+                f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again"
+            )
         return receipt
 
 
@@ -119,8 +119,13 @@ def _previous(folder: Path) -> Manifest | None:
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     strangers = [path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
-    if set(strangers) - {"teacher", "tokenizer"}:  # a dump that was killed before its first manifest leaves at most these
-        raise CacheError(f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out")
+    if set(strangers) - {
+        "teacher",
+        "tokenizer",
+    }:  # a dump that was killed before its first manifest leaves at most these
+        raise CacheError(
+            f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out"
+        )
     return None
 
 
