@@ -100,14 +100,14 @@ def decode(
     scales: np.ndarray | None = None,
     channels: np.ndarray | None = None,
 ) -> Tensor:
-    """Stored elements as float32. int8: `scales` is (B, L) or (B,); `channels` (B, width), of each row's shard."""
+    """Stored elements as float32. int8: `scales` is (B, L) or (B,); `channels` (B or 1, width), of each row's shard."""
     if spec.type == "bfloat16":
         return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).float()
     values = torch.from_numpy(stored).float()
     if spec.type != "int8":
         return values
     assert scales is not None and channels is not None
-    by_row = torch.from_numpy(channels).reshape(len(stored), *[1] * (values.ndim - 2), -1)
+    by_row = torch.from_numpy(channels).reshape(len(channels), *[1] * (values.ndim - 2), -1)
     return values.mul_(torch.from_numpy(scales)[..., None]).mul_(by_row)
 
 

@@ -118,7 +118,7 @@ class Cache:
             table = self._shard(field, shard)
             stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
             if spec.type == "int8":
-                scales, channels = table.column(SCALE).to_numpy(), self._channels_of(field, shard)
+                scales, channels = table.column(SCALE).to_numpy().copy(), self._channels_of(field, shard)
                 parts.append(decode(stored, spec, scales=scales, channels=channels[None]).numpy())
             else:
                 parts.append(decode(stored, spec).numpy() if spec.type == "bfloat16" else stored)

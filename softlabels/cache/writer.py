@@ -81,7 +81,7 @@ def read_channels(schema: pa.Schema, width: int, *, where: Path) -> np.ndarray:
     """(width,) the channel scales in the metadata of an int8 field's shard; CacheError where none fit."""
     try:
         facts = json.loads((schema.metadata or {}).get(b"softlabels", b"{}"))
-        channels = np.frombuffer(base64.b64decode(facts["channels"], validate=True), "<f4")
+        channels = np.frombuffer(base64.b64decode(facts["channels"], validate=True), "<f4").copy()
     except (ValueError, TypeError, KeyError, RecursionError):
         channels = np.empty(0, np.float32)
     if len(channels) != width or not bool(np.all((channels > 0) & np.isfinite(channels))):
@@ -112,8 +112,9 @@ class _Layout:
         self.holes: dict[int, int] = {}  # address of a buffer to skip → where it belongs in the file
 
     def hole(self, size: int) -> pa.Buffer:
-        """Memory that is never touched takes no room; it only stands for `size` bytes in the layout."""
-        buffer = pa.py_buffer(mmap.mmap(-1, max(size, 1)))
+        """Memory that is never touched takes no room, nor is any promised; it only stands for `size` bytes."""
+        untouched = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+        buffer = pa.py_buffer(untouched)
         self.holes[buffer.address] = 0
         return buffer.slice(0, size)
 
