@@ -50,9 +50,13 @@ def run_folder(out: Path, configuration: dict[str, Any], *, resume: bool) -> Ite
     with lock(out):
         if (out / "run.json").exists():
             raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
-        strangers = {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)} - _TRACES - {_CHECKPOINT}
+        strangers = (
+            {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)} - _TRACES - {_CHECKPOINT}
+        )
         if strangers and not (out / _OPTIONS).exists():
-            raise ConfigError(f"{out} is not empty and no run (it holds {', '.join(sorted(strangers)[:5])}): choose another --out")
+            raise ConfigError(
+                f"{out} is not empty and no run (it holds {', '.join(sorted(strangers)[:5])}): choose another --out"
+            )
         if _checkpoint_of(out) is None:
             _start(out, configuration)
         else:
@@ -76,7 +80,8 @@ def _refuse_differences(out: Path, configuration: dict[str, Any]) -> None:
     differ = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
     if differ:
         raise ConfigError(
-            f"{out} holds an unfinished run of another configuration: {'; '.join(differ)}. Choose another --out, or delete it"
+            f"{out} holds an unfinished run of another configuration: {'; '.join(differ)}. Choose another --out, or "
+            f"delete it"
         )
 
 

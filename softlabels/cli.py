@@ -11,15 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from softlabels.errors import ConfigError, SoftlabelsError
 
 app = typer.Typer(
     name="softlabels",
     help="Knowledge distillation from precomputed teachers: run the teacher once, train students from its cache.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,48 +26,78 @@ app = typer.Typer(
 )
 
 CorpusArgument = Annotated[
-    str, typer.Argument(metavar="CORPUS", help="a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, a folder with train/dev/test files, a Hugging Face dataset (glue/sst2), or builtin:docstrings")
+    str,
+    typer.Argument(
+        metavar="CORPUS",
+        help="a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, a folder with train/dev/test files, a Hugging Face "
+        "dataset (glue/sst2), or builtin:docstrings",
+    ),
 ]
-Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs")]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs"),
+]
 Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label")]
 Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
 Json = Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the Python code that the model brings; only for models you trust")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="run the Python code that the model brings; only for models you trust"),
+]
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error (works behind a command too)")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         import softlabels
 
         typer.echo(f"softlabels {softlabels.__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(epilog="Example:  softlabels demo")
 def demo(
     out: Annotated[Path, typer.Option(help="the folder for everything the demo makes")] = Path("runs/demo"),
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, e.g. teacher.train.epochs=2")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, e.g. teacher.train.epochs=2"),
+    ] = None,
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """The quickstart recipe on the built-in corpus: one teacher, one cache, several students, one table."""
+    """The quickstart recipe on the built-in corpus."""
     _run("quickstart", out, changes or [], as_json=as_json, cpu=cpu)
 
 
-@app.command("run", epilog="Examples:  softlabels run quickstart --out runs/try   |   softlabels run my.yaml --set students.bilstm.lr=1e-3")
+@app.command(
+    "run",
+    epilog="Examples:  softlabels run quickstart --out runs/try   |   "
+    "softlabels run my.yaml --set students.bilstm.lr=1e-3",
+)
 def run_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe that ships with softlabels")],
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe that ships with softlabels"),
+    ],
     out: Annotated[Path | None, typer.Option(help="the folder for everything; by default runs/RECIPE")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe; may be repeated"),
+    ] = None,
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """Every stage of a recipe; a stage whose inputs haven't changed is skipped."""
+    """Every stage of a recipe; what hasn't changed is skipped."""
     _run(recipe, out, changes or [], as_json=as_json, cpu=cpu)
 
 
@@ -79,21 +108,38 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
     from softlabels.run import run_recipe
 
     result = run_recipe(recipe, out=out or Path("runs") / recipe.name, say=_say, cpu=cpu)
-    _print_json(result.to_dict()) if as_json else typer.echo(_recipe_table(result))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(_recipe_table(result))
 
 
-@app.command("train-teacher", epilog="Example:  softlabels train-teacher train.csv --model all-MiniLM-L6-v2 --out teacher")
+@app.command(
+    "train-teacher",
+    epilog="Example:  softlabels train-teacher train.csv --model all-MiniLM-L6-v2 --out teacher",
+)
 def train_teacher_command(
     corpus: CorpusArgument,
     model: Annotated[str, typer.Option(help="the pretrained model to fine-tune: a folder or a Hugging Face name")],
     out: Annotated[Path, typer.Option(help="the folder for the teacher")],
-    split: Annotated[str | None, typer.Option(help="which split(s) of the corpus, joined by +; by default train")] = None,
-    eval_corpus: Annotated[str | None, typer.Option("--eval", metavar="CORPUS", help="a labelled corpus that picks the best epoch; by default a tenth of the rows is held out")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="which split(s) of the corpus, joined by +; by default train")
+    ] = None,
+    eval_corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="CORPUS",
+            help="a labelled corpus that picks the best epoch; by default a tenth of the rows is held out",
+        ),
+    ] = None,
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     lr: Annotated[float, typer.Option(help="the highest learning rate")] = 5e-5,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_length: Annotated[int | None, typer.Option(min=1, help="tokens a text; by default what the model takes, at most 512")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens a text; by default what the model takes, at most 512")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     text: Text = None,
     label: Label = None,
@@ -102,7 +148,7 @@ def train_teacher_command(
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """Fine-tune a sequence classifier, so that it can teach."""
+    """Fine-tune a classifier, so that it can teach."""
     from softlabels.config import TeacherTraining, build_options
 
     checked = build_options(
@@ -116,24 +162,51 @@ def train_teacher_command(
     data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
     validation = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     options = TeacherOptions(
-        **checked.model_dump(exclude={"rows"}), trust_remote_code=trust_remote_code, device="cpu" if cpu else None
+        **checked.model_dump(exclude={"rows"}),
+        trust_remote_code=trust_remote_code,
+        device="cpu" if cpu else None,
     )
     report = train_teacher(data, model=model, out=out, options=options, validation=validation)
     _finish(report, as_json)
 
 
-@app.command("dump", epilog="Example:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6")
+@app.command(
+    "dump",
+    epilog="Example:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6",
+)
 def dump_command(
     corpus: CorpusArgument,
     teacher: Annotated[str, typer.Option(help="the fine-tuned teacher: a folder or a Hugging Face name")],
-    out: Annotated[Path, typer.Option(help="the cache; an unfinished one goes on, a finished one gets the fields it lacks")],
-    split: Annotated[str | None, typer.Option(help="which split(s) of the corpus, joined by +, e.g. train+unlabeled")] = None,
-    capture: Annotated[list[str] | None, typer.Option(metavar="WHAT", help="logits, hidden:LAYERS, hidden:LAYERS@cls, qkv:LAYERS or attention:LAYERS (LAYERS: 3,6 or 1-6 or all); may be repeated; by default logits")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="tokens a text; by default what the teacher takes, at most 512")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="the cache; an unfinished one goes on, a finished one gets the fields it lacks"),
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="which split(s) of the corpus, joined by +, e.g. train+unlabeled")
+    ] = None,
+    capture: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT",
+            help="logits, hidden:LAYERS, hidden:LAYERS@cls, qkv:LAYERS or attention:LAYERS (LAYERS: 3,6 or 1-6 or "
+            "all); may be repeated; by default logits",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens a text; by default what the teacher takes, at most 512")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="tokens in a batch, padding counted")] = None,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="rows a file")] = None,
     dtype: Annotated[str | None, typer.Option(help="the teacher computes in float32, bfloat16 or float16")] = None,
-    codec: Annotated[str | None, typer.Option(help="hidden states, Q/K/V and maps are stored as float16 or float32")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="hidden states, Q/K/V and maps are stored as float32, float16 (default), bfloat16, or int8 (not maps)"
+        ),
+    ] = None,
+    overflow: Annotated[
+        str | None, typer.Option(help="values that the codec cannot hold: refuse (default), or clip and count them")
+    ] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
     text: Text = None,
     label: Label = None,
@@ -142,20 +215,39 @@ def dump_command(
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """STAGE 1: run the teacher once over a corpus and keep what it says."""
+    """STAGE 1: keep what a teacher says of a corpus."""
     from softlabels.config import DumpOptions, build_options
 
-    given = {"capture": capture or None, "max_length": max_length, "batch_tokens": batch_tokens, "shard_rows": shard_rows, "dtype": dtype, "codec": codec}
+    given = {
+        "capture": capture or None,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "shard_rows": shard_rows,
+        "dtype": dtype,
+        "codec": codec,
+        "overflow": overflow,
+    }
     options = build_options(
-        DumpOptions, {key: value for key, value in given.items() if value is not None} | {"text": not no_text}, where="dump"
+        DumpOptions,
+        {key: value for key, value in given.items() if value is not None} | {"text": not no_text},
+        where="dump",
     )
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
 
     data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
-    report = dump(data, teacher=teacher, out=out, options=options, device="cpu" if cpu else None, trust_remote_code=trust_remote_code)
+    report = dump(
+        data,
+        teacher=teacher,
+        out=out,
+        options=options,
+        device="cpu" if cpu else None,
+        trust_remote_code=trust_remote_code,
+    )
     if report.truncated:
         _say(f"{report.truncated} of {report.rows} texts were longer than the teacher takes and were cut")
+    for field, count in report.clipped.items():
+        _say(f"{count} values of {field} were beyond what {options.codec} holds and were clipped")
     _finish(report, as_json)
 
 
@@ -166,24 +258,57 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
     from softlabels.cache.info import describe
 
     facts = describe(read_manifest(cache))
-    _print_json(facts) if as_json else typer.echo(_facts(facts))
+    if as_json:
+        _print_json(facts)
+        return
+    fields = facts.pop("fields")
+    head = ["field", "kind", "type", "width", "size"]
+    rows = [
+        [name, f["kind"], f["type"], str(f["width"]), _size(f["bytes"]) if "bytes" in f else "–"]
+        for name, f in fields.items()
+    ]
+    typer.echo(f"{_facts(facts)}\n\n{_columns(head, rows)}")
 
 
-@app.command("train-student", epilog="Example:  softlabels train-student cache --student bilstm --out runs/bilstm --loss kl=0.7 --loss ce=0.3 --temperature 3")
+@app.command(
+    "train-student",
+    epilog="Example:  softlabels train-student cache --student bilstm --out runs/bilstm "
+    "--loss kl=0.7 --loss ce=0.3 --temperature 3",
+)
 def train_student_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
     student: Annotated[str, typer.Option(help="bilstm, lstm_attention, transformer or linear")],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
-    loss: Annotated[list[str] | None, typer.Option(metavar="NAME=WEIGHT", help="kl, mse_logits, soft_cross_entropy or ce; may be repeated; ce=1 alone is the baseline on hard labels")] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WEIGHT",
+            help="kl, mse_logits, soft_cross_entropy or ce; may be repeated; ce=1 alone is the baseline on hard labels",
+        ),
+    ] = None,
     temperature: Annotated[str, typer.Option(help="3, or 5:1 (moving from 5 to 1), or 5:1:cosine")] = "1",
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="an option of the student, e.g. layers=2; may be repeated")] = None,
-    eval_corpus: Annotated[str | None, typer.Option("--eval", metavar="CORPUS", help="a labelled corpus that picks the best epoch; by default a tenth of the rows is held out")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="an option of the student, e.g. layers=2; may be repeated"),
+    ] = None,
+    eval_corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="CORPUS",
+            help="a labelled corpus that picks the best epoch; by default a tenth of the rows is held out",
+        ),
+    ] = None,
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="the highest learning rate")] = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="stop after so many epochs without a better score")] = None,
-    validation: Annotated[float | None, typer.Option(min=0, max=0.9, help="share of the rows that is held out without --eval")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="stop after so many epochs without a better score")
+    ] = None,
+    validation: Annotated[
+        float | None, typer.Option(min=0, max=0.9, help="share of the rows that is held out without --eval")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
     text: Text = None,
@@ -191,15 +316,27 @@ def train_student_command(
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """STAGE 2: train a student from a cache. The teacher is not needed."""
+    """STAGE 2: train a student from a cache."""
     from softlabels.config import StudentOptions, build_options, parse_losses, parse_options
 
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "patience": patience, "validation": validation, "seed": seed}
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "patience": patience,
+        "validation": validation,
+        "seed": seed,
+    }
     default = ["mse_logits=1"] if student == "linear" else ["kl=0.7", "ce=0.3"]
     options = build_options(
         StudentOptions,
         {key: value for key, value in given.items() if value is not None}
-        | {"student": student, "temperature": temperature, "losses": parse_losses(loss or default), "options": parse_options(option or [])},
+        | {
+            "student": student,
+            "temperature": temperature,
+            "losses": parse_losses(loss or default),
+            "options": parse_options(option or []),
+        },
         where="train-student",
     )
     from softlabels.cache import open_cache
@@ -216,30 +353,48 @@ def train_student_command(
 def evaluate_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
     corpus: CorpusArgument,
-    cache: Annotated[Path | None, typer.Option(help="a cache of this corpus: adds agreement with the teacher, its accuracy, its latency")] = None,
-    split: Annotated[str | None, typer.Option(help="which split(s) of the corpus, joined by +; a folder's default is train")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="a cache of this corpus: adds agreement with the teacher, its accuracy, its latency"),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="which split(s) of the corpus, joined by +; a folder's default is train"),
+    ] = None,
     text: Text = None,
     label: Label = None,
     rows: Rows = None,
     as_json: Json = False,
 ) -> None:
-    """Precision, recall, F1 per class; fidelity to the teacher; size; latency."""
+    """Quality per class; fidelity; size; latency."""
     from softlabels.cache import open_cache
     from softlabels.corpus import read_corpus
     from softlabels.evaluate import evaluate
 
     data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
     found = evaluate(run, data, cache=None if cache is None else open_cache(cache))
-    _print_json(found.to_dict()) if as_json else typer.echo(_evaluation_table(found))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(_evaluation_table(found))
 
 
-@app.command("predict", epilog="Examples:  softlabels predict runs/bilstm 'What a film'   |   softlabels predict runs/bilstm - < texts.txt")
+@app.command(
+    "predict",
+    epilog="Examples:  softlabels predict runs/bilstm 'What a film'   |   softlabels predict runs/bilstm - < texts.txt",
+)
 def predict_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT ... | -", help="texts, or - to read a text a line from standard input; a tab parts a pair")],
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT ... | -",
+            help="texts, or - to read a text a line from standard input; a tab parts a pair",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """The student's class for texts, with its probability."""
+    """The student's class for texts."""
     given = _read_texts(texts)
     from softlabels.evaluate import predict
 
@@ -259,7 +414,9 @@ def _read_texts(texts: Sequence[str]) -> list[str | tuple[str, str]]:
     else:
         lines = list(texts)
     if not lines or any(not line.strip() for line in lines):
-        raise ConfigError("predict needs texts, none of them empty: name them, or give - and one a line on standard input")
+        raise ConfigError(
+            "predict needs texts, none of them empty: name them, or give - and one a line on standard input"
+        )
     return [line if "\t" not in line else (line.split("\t", 1)[0], line.split("\t", 1)[1]) for line in lines]
 
 
@@ -276,17 +433,22 @@ def _print_json(value: Any) -> None:
 
 def _finish(report: Any, as_json: bool) -> None:
     facts = asdict(report)
-    _print_json(facts) if as_json else typer.echo(_facts(facts))
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(_facts(facts))
 
 
 def _facts(facts: dict[str, Any]) -> str:
     """`name  value` lines, aligned."""
     width = max(len(name) for name in facts)
-    return "\n".join(f"{name.replace('_', ' '):{width}}  {_value(name, value)}" for name, value in facts.items() if value is not None)
+    return "\n".join(
+        f"{name.replace('_', ' '):{width}}  {_value(name, value)}" for name, value in facts.items() if value is not None
+    )
 
 
 def _value(name: str, value: Any) -> str:
-    if name == "bytes" and isinstance(value, int):
+    if name.endswith("bytes") and isinstance(value, int):
         return _size(value)
     if isinstance(value, float):
         return f"{value:.4g}" if name not in ("seconds", "train_seconds") else f"{value:.1f}"
@@ -308,7 +470,10 @@ def _size(count: float) -> str:
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-    lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip() for line in (head, *rows)]
+    lines = [
+        "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
+        for line in (head, *rows)
+    ]
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
 
@@ -316,12 +481,19 @@ def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _evaluation_table(found) -> str:
     head = ["class", "precision", "recall", "f1", "support"]
     rows = [
-        [name, *(f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")), f"{scores['support']:.0f}"]
+        [
+            name,
+            *(f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")),
+            f"{scores['support']:.0f}",
+        ]
         for name, scores in (found.classes | found.averages).items()
     ]
     facts: dict[str, Any] = {"rows": found.rows, "accuracy": found.accuracy, "macro_f1": found.macro_f1}
     if found.fidelity is not None:
-        facts |= {"agreement with the teacher": found.fidelity.agreement, "KL to the teacher": found.fidelity.kl}
+        facts |= {
+            "agreement with the teacher": found.fidelity.agreement,
+            "KL to the teacher": found.fidelity.kl,
+        }
         facts |= {"teacher's accuracy": found.fidelity.teacher_accuracy}
     facts |= {"parameters": f"{found.parameters:,}", "bytes": found.bytes, "ms a text": found.latency.ms}
     if found.latency.times_faster is not None:
@@ -335,7 +507,20 @@ def _recipe_table(result) -> str:
     def score(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.1f}"
 
-    head = ["student", "parameters", "size", "acc hard", "acc soft", "F1 hard", "F1 soft", "teacher", "agree", "ms/text", "faster", "train s"]
+    head = [
+        "student",
+        "parameters",
+        "size",
+        "acc hard",
+        "acc soft",
+        "F1 hard",
+        "F1 soft",
+        "teacher",
+        "agree",
+        "ms/text",
+        "faster",
+        "train s",
+    ]
     rows = [
         [
             row.student + (f" ({row.seeds} seeds)" if row.seeds > 1 else ""),
@@ -359,9 +544,9 @@ def _recipe_table(result) -> str:
         f"{_columns(head, rows)}\n\n"
         f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
         f"the teacher has {result.teacher_parameters:,} parameters and takes {result.teacher_ms:.1f} ms a text.\n"
-        f"The first experiment paid for the teacher once, {result.teacher_seconds:.0f} s (fine-tuning and one pass over "
-        f"{result.cache_rows:,} rows, {_size(result.cache_bytes)} of cache); every further student costs only its own training, "
-        f"{typical:.1f} s for the median one: {cheapest} times less."
+        f"The first experiment paid for the teacher, {result.teacher_seconds:.0f} s once: fine-tuning, and one pass "
+        f"over {result.cache_rows:,} rows into {_size(result.cache_bytes)} of cache. Every further one costs only a "
+        f"student's own training, {typical:.1f} s for the median student: {cheapest} times less."
     )
 
 
@@ -369,8 +554,11 @@ def _recipe_table(result) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0 done, 2 wrong usage or input, 130 Ctrl-C, 1 our own fault."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and leave with its exit code.
+
+    0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
     sys.exit(_guarded([word for word in given if word != "--debug"], debug=debug))
 
@@ -380,13 +568,16 @@ def _guarded(arguments: list[str], *, debug: bool) -> int:
         code = app(arguments, standalone_mode=False, prog_name="softlabels")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
+    except TyperException as error:  # wrong usage
+        path = getattr(getattr(error, "ctx", None), "command_path", "softlabels")
+        _say(f"error: {error.format_message()}\n`{path} --help` shows what it takes")
         return 2
     except typer.Exit as leaving:
         return leaving.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _say("\nstopped. What was committed is kept: give the same command again to go on (train-student: with --resume)")
+    except (KeyboardInterrupt, typer.Abort):
+        _say(
+            "\nstopped. What was committed is kept: give the same command again to go on (train-student: with --resume)"
+        )
         return 130
     except SoftlabelsError as error:
         if debug:

@@ -13,19 +13,21 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from softlabels import __version__
 from softlabels.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------ words and small values
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
-    """" Did you mean 'x'?" where one of `choices` is close to `word`, else the empty string."""
+    """ " Did you mean 'x'?" where one of `choices` is close to `word`, else the empty string."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
@@ -65,7 +67,9 @@ def parse_temperature(text: str | float) -> Temperature:
         raise ConfigError(f"temperature '{text}' must be above 0: the logits are divided by it")
     shape = parts[2] if len(parts) == 3 else "linear"
     if shape not in _SHAPES:
-        raise ConfigError(f"temperature '{text}': no shape '{shape}', only {', '.join(_SHAPES)}.{suggest(shape, _SHAPES)}")
+        raise ConfigError(
+            f"temperature '{text}': no shape '{shape}', only {', '.join(_SHAPES)}.{suggest(shape, _SHAPES)}"
+        )
     return Temperature(numbers[0], numbers[-1], shape)  # type: ignore[arg-type]
 
 
@@ -147,7 +151,10 @@ class Strict(BaseModel):
         if isinstance(data, dict):
             for key in data:
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key '{key}'; it takes {', '.join(cls.model_fields)}.{suggest(str(key), cls.model_fields)}")
+                    raise ValueError(
+                        f"unknown key '{key}'; it takes {', '.join(cls.model_fields)}."
+                        f"{suggest(str(key), cls.model_fields)}"
+                    )
         return data
 
 
@@ -342,9 +349,16 @@ def _position(items: list, part: str, key: str) -> int:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    raise ConfigError(f"--set {key}: no entry '{part}'; there are {', '.join(str(n) for n in names)} or 0 to {len(items) - 1}")
+    raise ConfigError(
+        f"--set {key}: no entry '{part}'; there are {', '.join(str(n) for n in names)} or 0 to {len(items) - 1}"
+    )
 
 
 def fingerprint(value: Any) -> str:
     """A short stable hash of plain data: two stages with the same inputs have the same fingerprint."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """The installed versions of softlabels and of `packages`, for what a cache or a run says of its making."""
+    return {"softlabels": __version__, **{package: version(package) for package in packages}}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,13 @@ from softlabels.cache.format import (
 from softlabels.cache.info import clipped_values
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.captures import TeacherRun, parse_captures, prepare
-from softlabels.config import DumpOptions
+from softlabels.config import DumpOptions, package_versions
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CorpusError
 from softlabels.progress import progress
 from softlabels.teacher import Teacher, load_teacher
 from softlabels.tokens import Tokenized, batches_by_length, pad_batch, resolve_max_length, tokenize
 from softlabels.types import NO_LABEL, Example, TokenBatch, TokenizedExample
-
-_PACKAGES = ("softlabels", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +184,9 @@ def _check_rows(corpus: Corpus) -> None:
         raise CorpusError(f"corpus {corpus.source} has no rows")
     doubled = find_doubled([example.id for example in corpus.examples])
     if doubled is not None:
-        raise CorpusError(f"corpus {corpus.source} has the id '{doubled}' twice: rows are joined by id, make them unique")
+        raise CorpusError(
+            f"corpus {corpus.source} has the id '{doubled}' twice: rows are joined by id, make them unique"
+        )
 
 
 def _plan(
@@ -235,5 +234,5 @@ def _plan(
         shard_tokens=[],
         join="",
         shards={},
-        versions={package: version(package) for package in _PACKAGES},
+        versions=package_versions("torch", "transformers", "tokenizers", "pyarrow", "numpy"),
     )

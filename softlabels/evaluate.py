@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Evaluation:
 
 
 def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evaluation:
-    """Score the student in `run` on the labelled rows of `corpus`; against its teacher with a `cache` of that corpus."""
+    """Score the student in `run` on the labelled rows of `corpus`; with a `cache` of it, against its teacher too."""
     student = load_run(run)
     labels = np.array(encode_labels(corpus.examples, student.label_names))
     rows = np.flatnonzero(labels != NO_LABEL)
@@ -142,7 +143,10 @@ def _macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) ->
 def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     """Rows of corpus and cache that are the same example: same id and same tokens."""
     tokens = tokenize(cache.tokenizer(), corpus.examples, max_length=cache.manifest.dump.max_length).examples
-    rows = {(name, number): row for row, (name, number) in enumerate(zip(cache.ids, cache.token_hashes.tolist(), strict=True))}
+    rows = {
+        (name, number): row
+        for row, (name, number) in enumerate(zip(cache.ids, cache.token_hashes.tolist(), strict=True))
+    }
     pairs = [(i, rows[key]) for i, example in enumerate(tokens) if (key := (example.id, token_hash(example))) in rows]
     if not pairs:
         raise CacheError(
@@ -164,9 +168,9 @@ def _latency(student: Run, examples: Sequence[Example], cache: Cache | None) -> 
     theirs: list[float] = []
     warm = len(chosen[:3])  # texts that are only there to warm up
     for example in (*chosen[:warm], *chosen):
-        mine.append(_milliseconds(lambda example=example: student.logits([example])))
+        mine.append(_milliseconds(partial(student.logits, [example])))
         if teacher is not None:
-            theirs.append(_milliseconds(lambda example=example: teacher.answer(example)))
+            theirs.append(_milliseconds(partial(teacher.answer, example)))
     return Latency(
         ms=statistics.median(mine[warm:]),
         teacher_ms=statistics.median(theirs[warm:]) if theirs else None,

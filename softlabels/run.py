@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -74,7 +75,9 @@ class _Stages:
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
         self.out, self.say, self.skipped = out, say, 0
 
-    def run(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, makes: Path | None = None) -> dict[str, Any]:
+    def run(
+        self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, makes: Path | None = None
+    ) -> dict[str, Any]:
         """The result of stage `name`: remembered where its inputs are the same and what it `makes` is there."""
         place, key = self.out / "stages" / f"{name}.json", fingerprint(inputs)
         before = _read_json(place)
@@ -90,7 +93,9 @@ class _Stages:
         return result
 
 
-def run_recipe(recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False) -> RunResult:
+def run_recipe(
+    recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False
+) -> RunResult:
     """Run `recipe` in the folder `out`. Interrupted, the same call goes on; repeated, it costs a few seconds."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +106,9 @@ def run_recipe(recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda
         cache_key = fingerprint([teacher_key, corpora.key("transfer"), recipe.dump.model_dump()])
         test_key = fingerprint([teacher_key, corpora.key("test"), recipe.dump.model_dump()])
         dumped = _dump(recipe, stages, "cache", lambda: corpora.read("transfer"), teacher=teacher, key=cache_key)
-        _dump(recipe, stages, "cache-test", lambda: corpora.read("test"), teacher=teacher, key=test_key, logits_only=True)
+        _dump(
+            recipe, stages, "cache-test", lambda: corpora.read("test"), teacher=teacher, key=test_key, logits_only=True
+        )
         results = [
             (entry, _student(entry, stages, corpora, cache_key=cache_key, test_key=test_key, cpu=cpu))
             for entry in recipe.students
@@ -112,17 +119,20 @@ def run_recipe(recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda
 
 
 class _Corpora:
-    """The recipe's corpora, read only when a stage has to run."""
+    """The recipe's corpora, each read once."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.choice, self._read = recipe.corpus, {}  # type: ignore[var-annotated]
+        self.choice = recipe.corpus
+        self._read: dict[tuple[str, str | None, int | None], Corpus] = {}
         if recipe.corpus.test is None and recipe.corpus.test_source is None:
-            raise ConfigError(f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)")
+            raise ConfigError(
+                f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
+            )
 
     def key(self, use: str) -> str:
-        """A fingerprint of a corpus that costs no reading: sizes and times of files, versions of packages."""
-        source, split = self._place(use)
-        return fingerprint([source, split, self.choice.text, self.choice.label, self._rows(use), _state_of(source)])
+        """A fingerprint of a corpus: of its rows, whatever file they came from."""
+        corpus = self.read(use)
+        return fingerprint([corpus.hash, corpus.label_names])
 
     def read(self, use: str) -> Corpus:
         source, split = self._place(use)
@@ -143,17 +153,13 @@ class _Corpora:
         return None if use == "test" else self.choice.rows
 
 
-def _state_of(source: str) -> Any:
-    path = Path(source)
-    if path.is_file():
-        return [path.stat().st_size, path.stat().st_mtime_ns]
-    if path.is_dir():
-        return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in path.iterdir() if file.is_file())
-    if source.startswith("builtin:"):
-        from softlabels.docstrings import corpus_key
-
-        return corpus_key()
-    return None
+def _state_of(model: str) -> Any:
+    """What shows that the files of a local model have changed; None for a name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _teacher(recipe: Recipe, stages: _Stages, corpora: _Corpora) -> tuple[str, str, float]:
@@ -207,13 +213,13 @@ def _student(
             trained = stages.run(
                 f"train-{name}",
                 key,
-                lambda run=run, options=options: _train(stages.out / "cache", run, options, cpu=cpu),
+                partial(_train, stages.out / "cache", run, options, cpu=cpu),
                 makes=run / "run.json",
             )
             evaluated = stages.run(
                 f"evaluate-{name}",
                 [key, test_key],
-                lambda run=run: _evaluate(run, corpora.read("test"), stages.out / "cache-test"),
+                partial(_evaluate, run, corpora, stages.out / "cache-test"),
             )
             found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
     return found
@@ -240,8 +246,8 @@ def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dic
     return {"seconds": report.train_seconds, "epochs": report.epochs, "rows": report.rows}
 
 
-def _evaluate(run: Path, corpus: Corpus, cache: Path) -> dict[str, Any]:
-    return evaluate(run, corpus, cache=open_cache(cache)).to_dict()
+def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
+    return evaluate(run, corpora.read("test"), cache=open_cache(cache)).to_dict()
 
 
 def _table(

@@ -134,7 +134,7 @@ def pad_batch(examples: Sequence[TokenizedExample], *, pad_token_id: int) -> Tok
         length = len(example.input_ids)
         ids[row, :length] = example.input_ids
         mask[row, :length] = 1
-        if types is not None:
+        if types is not None and example.token_type_ids is not None:
             types[row, :length] = example.token_type_ids
     labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
     return TokenBatch(
@@ -148,7 +148,7 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # RoBERTa and its kin number positions from pad_token_id + 1, so two rows of their table are never used
-        offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
         limits.append(positions - offset)
     return min(limits) if limits else LONGEST_DEFAULT
 
@@ -165,4 +165,4 @@ def resolve_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, co
     return asked
 
 
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet", "longformer"}
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet", "longformer"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from softlabels.cache import Cache
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
-from softlabels.config import StudentOptions
+from softlabels.config import StudentOptions, package_versions
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
 from softlabels.objective import Objective, build_objective
@@ -88,7 +87,7 @@ def train_student(
             validation=outcome.validation,
             history=outcome.history,
             cache=_cache_card(cache),
-            versions={package: version(package) for package in ("softlabels", "torch", "transformers", "scikit-learn")},
+            versions=package_versions("torch", "transformers", "scikit-learn"),
         )
         save_run(out, outcome.student, record, tokenizer=cache.tokenizer())
         drop_checkpoint(out)
@@ -130,8 +129,8 @@ def _train_epoch(
         loss, parts = objective(_forward(student, batch), teacher, progress=state.step / max(tools.steps - 1, 1))
         if not torch.isfinite(loss):
             raise StudentError(
-                f"the loss became {loss.item()} in epoch {state.epoch + 1}, step {state.step}: give a smaller --lr than "
-                f"{options.lr}"
+                f"the loss became {loss.item()} in epoch {state.epoch + 1}, step {state.step}: give a smaller "
+                f"--lr than {options.lr}"
             )
         tools.accelerator.backward(loss)
         tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
@@ -182,9 +181,7 @@ def _train_network(
     with progress(tools.steps, description=f"train {options.student}", unit="steps", done=done) as update:
         while state.epoch < options.epochs and not _is_exhausted(state, options):
             began = time.monotonic()
-            loss = _train_epoch(
-                student, cache, objective, options, split, tools=tools, state=state, update=update
-            )
+            loss = _train_epoch(student, cache, objective, options, split, tools=tools, state=state, update=update)
             scores = _validate(student, cache, objective, split, device=tools.accelerator.device)
             state.epoch += 1
             state.history.append({"epoch": state.epoch, "train/loss": loss, **scores})
@@ -273,11 +270,15 @@ def _first_soft(objective: Objective) -> str:
 def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
     labelled = np.flatnonzero(cache.labels != NO_LABEL)
     if objective.needs_labels and not len(labelled):
-        raise CacheError(f"loss 'ce' needs labels; no row of cache {cache.path} has one. Leave --loss ce out, or dump labelled rows")
+        raise CacheError(
+            f"loss 'ce' needs labels; no row of cache {cache.path} has one. Leave --loss ce out, or dump labelled rows"
+        )
     if objective.needs_teacher:
         return np.arange(cache.rows)
     if len(np.unique(cache.labels[labelled])) < 2:
-        raise CacheError(f"the labelled rows of cache {cache.path} are all of one class: there is nothing to tell apart")
+        raise CacheError(
+            f"the labelled rows of cache {cache.path} are all of one class: there is nothing to tell apart"
+        )
     return labelled
 
 
@@ -285,9 +286,13 @@ def _hold_out(rows: np.ndarray, cache: Cache, options: StudentOptions, validatio
     none = np.array([], dtype=np.int64)
     if validation is not None:
         labels = encode_labels(validation.examples, cache.label_names)
-        kept = [(example, label) for example, label in zip(validation.examples, labels, strict=True) if label != NO_LABEL]
+        kept = [
+            (example, label) for example, label in zip(validation.examples, labels, strict=True) if label != NO_LABEL
+        ]
         if not kept:
-            raise CorpusError(f"validation corpus {validation.source} has no labelled row: leave --eval out, or label it")
+            raise CorpusError(
+                f"validation corpus {validation.source} has no labelled row: leave --eval out, or label it"
+            )
         tokens = tokenize(
             cache.tokenizer(),
             [example for example, _ in kept],
@@ -330,7 +335,12 @@ def _configuration(cache: Cache, options: StudentOptions, validation: Corpus | N
 
 def _cache_card(cache: Cache) -> dict[str, Any]:
     card = cache.manifest.teacher
-    return {"path": str(cache.path), "teacher": card.name, "weights_hash": card.weights_hash, "identity": cache.identity()}
+    return {
+        "path": str(cache.path),
+        "teacher": card.name,
+        "weights_hash": card.weights_hash,
+        "identity": cache.identity(),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- linear

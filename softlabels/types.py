@@ -63,9 +63,7 @@ class TokenBatch:
     def to(self, device) -> TokenBatch:
         """The same batch on another device."""
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
-        return TokenBatch(
-            self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device)
-        )
+        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
 
 
 @dataclass(frozen=True, slots=True)

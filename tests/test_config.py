@@ -101,7 +101,8 @@ def test_a_recipe_is_read_and_changed(recipe: Path) -> None:
     assert plain.teacher.train is not None and plain.teacher.train.lr == 1e-4
     assert plain.students[0].options == {"dropout": 0.1}
     changed = read_recipe(
-        str(recipe), changes=["students.second.seeds=[1,2]", "students.0.lr=3e-4", "dump.max_length=32", "teacher.train.epochs=1"]
+        str(recipe),
+        changes=["students.second.seeds=[1,2]", "students.0.lr=3e-4", "dump.max_length=32", "teacher.train.epochs=1"],
     )
     assert changed.students[1].seeds == [1, 2] and changed.students[0].lr == 3e-4
     assert changed.dump.max_length == 32 and changed.teacher.train is not None and changed.teacher.train.epochs == 1

@@ -1,4 +1,4 @@
-"""Batches of similar length: every row once, budgets kept, the same everywhere; and tokenisation that counts its cuts."""
+"""Batches of similar length: every row once, budgets kept, the same everywhere; tokenisation counts its cuts."""
 
 from __future__ import annotations
 

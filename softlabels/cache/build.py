@@ -137,8 +137,8 @@ def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) ->
             differences.append(f"field {field} is there as {previous.fields[field].type}")
     if differences:
         raise CacheError(
-            f"{folder} holds a cache of another configuration: {'; '.join(differences)}. Choose another --out, or repeat "
-            f"the first command"
+            f"{folder} holds a cache of another configuration: {'; '.join(differences)}. Choose another --out, "
+            f"or repeat the first command"
         )
 
 

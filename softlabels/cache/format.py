@@ -67,7 +67,7 @@ from pydantic_core import from_json
 
 from softlabels.errors import CacheError
 
-FORMAT = "softlabels-cache"
+FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"

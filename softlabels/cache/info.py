@@ -29,7 +29,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "classes": manifest.teacher.label_names,
         "max_length": manifest.dump.max_length,
         "fields": fields,
-        "examples": {"bytes": manifest.shards[EXAMPLES].total} if manifest.complete else None,
+        "examples_bytes": manifest.shards[EXAMPLES].total if manifest.complete else None,
         "bytes": sum(table.total for table in manifest.shards.values()) if manifest.complete else None,
         "versions": manifest.versions,
     }

@@ -36,7 +36,9 @@ def open_cache(path: str | Path) -> Cache:
     folder = Path(path)
     manifest = read_manifest(folder)
     if not manifest.complete:
-        raise CacheError(f"{folder} is unfinished: give the same `softlabels dump` command again, and it goes on where it stopped")
+        raise CacheError(
+            f"{folder} is unfinished: give the same `softlabels dump` command again, and it goes on where it stopped"
+        )
     return Cache(folder, manifest)
 
 
@@ -78,7 +80,9 @@ class Cache:
         for field in fields:
             if field not in self.fields:
                 have = ", ".join(sorted(self.fields)) or "no field"
-                raise CacheError(f"{why} needs {field}; cache {self.path} holds {have}. Dump it with --capture {capture_of(field)}")
+                raise CacheError(
+                    f"{why} needs {field}; cache {self.path} holds {have}. Dump it with --capture {capture_of(field)}"
+                )
 
     # ------------------------------------------------------------------------------------------- whole columns
 
@@ -106,7 +110,10 @@ class Cache:
     def texts(self) -> list[tuple[str, str | None]]:
         """(text, text_b) of every row; CacheError where the cache was dumped without texts."""
         if not self.manifest.dump.text:
-            raise CacheError(f"cache {self.path} holds no texts: it was dumped with --no-text. Dump it again without, into another folder")
+            raise CacheError(
+                f"cache {self.path} holds no texts: it was dumped with --no-text. Dump it again without, into another "
+                f"folder"
+            )
         return [(a, b or None) for a, b in zip(self._strings("text"), self._strings("text_b"), strict=True)]
 
     def column(self, field: str) -> np.ndarray:
@@ -170,7 +177,9 @@ class Cache:
 
     def _padded(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         spec, longest = self.fields[field], int(lengths.max())
-        shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[spec.kind]
+        shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[
+            spec.kind
+        ]
         out = np.zeros((len(rows), *shape), dtype=DTYPES[spec.type])
         for i, (shard, row) in enumerate(self._places(rows)):
             length = int(lengths[i])
@@ -179,7 +188,9 @@ class Cache:
             elif spec.kind == "token":
                 out[i, :length] = self._column_lists(field, field, shard).row(row).reshape(length, spec.width)
             else:
-                out[i, :, :length, :length] = self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
+                out[i, :, :length, :length] = (
+                    self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
+                )
         values = decode(out, spec, scales=self._scales(field, rows, lengths), channels=self._channels(field, rows))
         if spec.kind == "token" and spec.heads:
             return values.unflatten(2, (spec.heads, -1)).transpose(1, 2)  # (B, H, L, K)
@@ -239,16 +250,23 @@ class Cache:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
-            raise CacheError(f"cache {self.path} lacks {path.name} of field '{field}': copy it from where the cache came from") from None
+            raise CacheError(
+                f"cache {self.path} lacks {path.name} of field '{field}': copy it from where the cache came from"
+            ) from None
         if size != self.manifest.shards[field].size(shard):
-            raise CacheError(f"{path} has {size} bytes, not the {self.manifest.shards[field].size(shard)} that {MANIFEST} says: it is damaged")
+            raise CacheError(
+                f"{path} has {size} bytes, not the {self.manifest.shards[field].size(shard)} that {MANIFEST} says: "
+                f"it is damaged"
+            )
         try:
             table = pa.ipc.open_file(map_file(path, size)).read_all()
             table.validate(full=True)  # offsets are bounds-checked here, before anything follows them
         except pa.ArrowInvalid as error:
             raise CacheError(f"{path} is damaged: {error}") from None
         if table.num_rows != self.manifest.shard_rows[shard]:
-            raise CacheError(f"{path} has {table.num_rows} rows, not the {self.manifest.shard_rows[shard]} that {MANIFEST} says")
+            raise CacheError(
+                f"{path} has {table.num_rows} rows, not the {self.manifest.shard_rows[shard]} that {MANIFEST} says"
+            )
         self._check_schema(field, shard, table, path)
         return table
 
@@ -263,7 +281,9 @@ class Cache:
             channels = read_channels(table.schema, spec.width, where=path) if spec.type == "int8" else None
             wanted = field_schema(field, spec, shard, channels=channels)
         if not table.schema.equals(wanted, check_metadata=True) or any(column.null_count for column in table.columns):
-            raise CacheError(f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another place")
+            raise CacheError(
+                f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another place"
+            )
         if field == EXAMPLES:
             self._check_examples(table, path)
 
@@ -297,7 +317,10 @@ class Cache:
         tokens = self.lengths[first : first + self.manifest.shard_rows[shard]].astype(np.int64)
         wanted = (values or spec.width) * (tokens if spec.kind == "token" else tokens * tokens)
         if not np.array_equal(np.concatenate([np.diff(starts) for starts in lists.starts]), wanted):
-            raise CacheError(f"{shard_file(self.path, field, shard)} does not belong to the examples of this cache: row lengths differ")
+            raise CacheError(
+                f"{shard_file(self.path, field, shard)} does not belong to the examples of this cache: row lengths "
+                f"differ"
+            )
 
     def _rows(self, field: str, shard: int, column: str = "") -> _Lists:
         """A column of as many values in every row, as lists: the field itself, or the scales of an int8 row field."""
@@ -315,7 +338,9 @@ class Cache:
         return np.concatenate([self._shard(EXAMPLES, shard).column(column).to_numpy() for shard in self._all_shards()])
 
     def _strings(self, column: str) -> list[str]:
-        return [value for shard in self._all_shards() for value in self._shard(EXAMPLES, shard).column(column).to_pylist()]
+        return [
+            value for shard in self._all_shards() for value in self._shard(EXAMPLES, shard).column(column).to_pylist()
+        ]
 
 
 def _flat(chunk: pa.Array) -> np.ndarray:

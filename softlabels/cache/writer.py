@@ -9,6 +9,7 @@ int8 field also the first SAMPLE vectors of the shard, from which its channel sc
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import mmap
 import os
@@ -208,7 +209,7 @@ class FieldShard:
         )
         layout = _Layout(self.handle)
         with pa.ipc.new_file(pa.PythonFile(layout, mode="w"), schema) as writer:
-            for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
+            for start, stop in itertools.pairwise(self.bounds):
                 layout.holes = {}
                 arrays = [column.array(layout, start, stop) for column in self._columns]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))

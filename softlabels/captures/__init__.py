@@ -69,7 +69,9 @@ def _parse_layers(text: str, item: str) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(f"--capture {item}: '{part}' is no layer; write numbers and ranges such as 3,6 or 1-6, or all")
+            raise ConfigError(
+                f"--capture {item}: '{part}' is no layer; write numbers and ranges such as 3,6 or 1-6, or all"
+            )
         layers.update(range(int(first), int(last or first) + 1))
     if not layers:
         raise ConfigError(f"--capture {item}: an empty range of layers; write it upwards, such as 1-6")
@@ -152,8 +154,8 @@ def prepare(model: PreTrainedModel, requests: Sequence[Request], probe: TokenBat
         return TeacherRun(model, resolved, run.hidden_states, tapped=True, eager_maps=False)
     if "qkv" in names:
         raise TeacherError(
-            f"{type(model).__name__} computes its attention outside of transformers' attention interface, so Q, K and V "
-            f"cannot be taken from it: capture attention:LAYERS (the maps) instead"
+            f"{type(model).__name__} computes its attention outside of transformers' attention interface, so Q, K and "
+            f"V cannot be taken from it: capture attention:LAYERS (the maps) instead"
         )
     model.set_attn_implementation("eager")
     return TeacherRun(model, resolved, run.hidden_states, tapped=False, eager_maps=True)

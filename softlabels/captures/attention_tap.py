@@ -29,7 +29,9 @@ class AttentionCall:
     query: Tensor  # (B, H, L, K)
     key: Tensor  # (B, Hk, L, K); Hk < H with grouped queries
     value: Tensor  # (B, Hk, L, K)
-    mask: Tensor | None  # (B or 1, 1 or H, L, L), boolean (True: attend) or added to the scores; None: nothing is masked
+    mask: (
+        Tensor | None
+    )  # (B or 1, 1 or H, L, L), boolean (True: attend) or added to the scores; None: nothing is masked
     scaling: float
     causal: bool  # no mask was needed, and later keys are hidden all the same
 
@@ -88,6 +90,6 @@ def tap(model: PreTrainedModel) -> None:
     config = copy.deepcopy(model.config)  # models made from one config object would share the setting
     for module in model.modules():
         if getattr(module, "config", None) is model.config and module is not model:
-            module.config = config
+            module.__dict__["config"] = config
     model.config = config
     model.set_attn_implementation(NAME)

@@ -27,9 +27,10 @@ def mse_logits(student: Signals, teacher: Signals, *, temperature: float = 1.0) 
 
 
 def soft_cross_entropy(student: Signals, teacher: Signals, *, temperature: float) -> Tensor:
-    """−Σ p · log q, summed over C, mean over rows, without T² (the prediction loss of TinyBERT, Jiao et al. 2020, equation 10).
+    """−Σ p · log q, summed over C, mean over rows, without T².
 
-    TinyBERT takes T = 1; its released code divides by C as well, the paper does not, nor does this.
+    The prediction loss of TinyBERT (Jiao et al. 2020, equation 10), which takes T = 1. Its released code divides
+    by C as well; the paper does not, nor does this.
     """
     p = F.softmax(teacher.logits / temperature, dim=-1)  # (B, C)
     q = F.log_softmax(student.logits / temperature, dim=-1)  # (B, C)

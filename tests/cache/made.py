@@ -33,7 +33,9 @@ def rows_of(lengths: Sequence[int]) -> list[TokenizedExample]:
     ]
 
 
-def manifest_of(rows: Sequence[TokenizedExample], fields: Mapping[str, Mapping[str, Any]], *, shard_rows: int) -> Manifest:
+def manifest_of(
+    rows: Sequence[TokenizedExample], fields: Mapping[str, Mapping[str, Any]], *, shard_rows: int
+) -> Manifest:
     """The manifest of a cache of `rows` before its first shard."""
     labelled = sum(row.label != NO_LABEL for row in rows)
     return Manifest.model_validate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,7 +109,9 @@ def test_what_a_codec_cannot_hold_is_refused_with_the_example_and_the_way_out() 
     clipped, count = in_range(values, spec, field="hidden.01@cls", ids=["a", "b"], overflow="clip")
     assert count == 1 and clipped.tolist() == [[1.0, 2.0], [-65_504.0, 0.0]]
     for codec in ("float32", "bfloat16", "int8"):
-        assert in_range(values, spec_of(codec, width=2, kind="row"), field="f", ids=["a", "b"], overflow="refuse")[1] == 0
+        assert (
+            in_range(values, spec_of(codec, width=2, kind="row"), field="f", ids=["a", "b"], overflow="refuse")[1] == 0
+        )
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -122,9 +125,7 @@ def test_nan_and_infinities_are_refused_always(codec: str, broken: float, overfl
 
 def test_clipped_values_are_counted_in_the_receipt_but_not_in_padding(tmp_path: Path) -> None:
     tokens = np.array([2, 3])
-    writer = FieldShard(
-        tmp_path, "hidden.01", spec_of("float16", width=2), shard=0, tokens=tokens, overflow="clip"
-    )
+    writer = FieldShard(tmp_path, "hidden.01", spec_of("float16", width=2), shard=0, tokens=tokens, overflow="clip")
     values = torch.full((2, 3, 2), 1e5)  # the first row's third token is padding
     values[1, 0] = 1.0
     writer.write(np.array([0, 1]), values, ids=["a", "b"])
@@ -173,7 +174,9 @@ def test_the_bytes_of_an_int8_shard_follow_from_its_batches_alone(tmp_path: Path
     files = []
     for attempt in ("once", "again"):
         folder = tmp_path / attempt
-        writer = FieldShard(folder, "hidden.01", spec_of("int8", width=8, kind=kind), shard=0, tokens=tokens, limit=limit)
+        writer = FieldShard(
+            folder, "hidden.01", spec_of("int8", width=8, kind=kind), shard=0, tokens=tokens, limit=limit
+        )
         values = torch.randn(4, 7, 8, generator=torch.Generator().manual_seed(5))
         if attempt == "again":  # begun, left, and begun anew
             writer.write(np.array([2]), values[2:3] if kind == "token" else values[2:3, 0], ids=["c"])
@@ -189,7 +192,7 @@ def test_the_bytes_of_an_int8_shard_follow_from_its_batches_alone(tmp_path: Path
     assert files[0] == files[1]
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     f"hidden.{i:02d}{pooled}": {"kind": kind, "type": codec, "width": 8}
     for i, codec in enumerate(CODECS)
     for kind, pooled in (("token", ""), ("row", "@cls"))
@@ -236,7 +239,14 @@ def test_whole_columns_are_decoded_too(cache) -> None:
 
 def test_an_int8_shard_without_its_channel_scales_is_refused(cache, tmp_path: Path) -> None:
     schema = pa.schema([pa.field("x", pa.int8())])
-    for text in (b"{}", b"no json", b'{"channels": "AAAA"}', b'{"channels": "AAAAAAAAAAA="}', b"[]", b'{"channels": 3}'):
+    for text in (
+        b"{}",
+        b"no json",
+        b'{"channels": "AAAA"}',
+        b'{"channels": "AAAAAAAAAAA="}',
+        b"[]",
+        b'{"channels": 3}',
+    ):
         with pytest.raises(CacheError, match="channel scales"):
             read_channels(schema.with_metadata({b"softlabels": text}), 2, where=tmp_path)
     with pytest.raises(CacheError, match="channel scales"):

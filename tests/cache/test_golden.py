@@ -1,8 +1,8 @@
 """The format, pinned: golden/ is a cache of every kind and codec, and the code must write it again byte for byte.
 
-Below it, a reader of golden/ that was written from the words of cache/format.py alone and imports nothing of softlabels: if
-the words or the bytes change, it fails. A wanted change of format gets another version number, and golden/ is written
-anew by `python -m tests.cache.test_golden`.
+Below it, a reader of golden/ that was written from the words of cache/format.py alone and imports nothing of
+softlabels: if the bytes part from the words, it fails. A wanted change of format gets another version number, and
+golden/ is written anew by `python -m tests.cache.test_golden`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def test_the_same_cache_is_written_byte_for_byte(tmp_path: Path) -> None:
     new, old = files_of(tmp_path), files_of(GOLDEN)
     assert sorted(new) == sorted(old)
     changed = [name for name in old if new[name] != old[name]]
-    assert not changed, "the format has changed: undo that, or give it another version (or pyarrow writes otherwise now)"
+    assert not changed, (
+        "the format has changed: undo that, or give it another version (or pyarrow writes otherwise now)"
+    )
 
 
 def test_a_manifest_and_a_receipt_in_full() -> None:
@@ -142,7 +144,11 @@ class Independent:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        assert (self.manifest["format"], self.manifest["version"], self.manifest["complete"]) == ("softlabels-cache", 1, True)
+        assert (self.manifest["format"], self.manifest["version"], self.manifest["complete"]) == (
+            "softlabels-cache",
+            1,
+            True,
+        )
 
     def table(self, field: str, shard: int) -> pa.Table:
         """A shard, after everything that the format says of its file is checked."""
@@ -189,7 +195,9 @@ class Independent:
             assert table.schema.names == ([field, "scale"] if spec["type"] == "int8" else [field])
             for i in range(len(column)):
                 scale = table.column("scale")[i].as_py() if spec["type"] == "int8" else None
-                rows.append(self.decode(spec, column[i].values, scale, json.loads(table.schema.metadata[b"softlabels"])))
+                rows.append(
+                    self.decode(spec, column[i].values, scale, json.loads(table.schema.metadata[b"softlabels"]))
+                )
         return rows
 
     def decode(self, spec: dict[str, Any], stored: pa.Array, scale: Any, facts: dict[str, Any]) -> list[float]:

@@ -126,7 +126,7 @@ def test_gradients_flow_through_what_is_taken() -> None:
     sink = Tap()
     model(**batch.model_inputs(), softlabels_tap=sink)
     sink.calls[0].query.square().sum().backward()
-    weight = model.bert.encoder.layer[0].attention.self.query.weight
+    weight = model.get_parameter("bert.encoder.layer.0.attention.self.query.weight")
     assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
 
 
@@ -161,7 +161,9 @@ def test_a_capture_that_cannot_be_is_refused(item: str, told: str) -> None:
         parse_captures([item])
 
 
-@pytest.mark.parametrize(("item", "there"), [("hidden:4", "0 to 3"), ("qkv:0", "1 to 3"), ("attention:2-5", "4, 5; it has 1 to 3")])
+@pytest.mark.parametrize(
+    ("item", "there"), [("hidden:4", "0 to 3"), ("qkv:0", "1 to 3"), ("attention:2-5", "4, 5; it has 1 to 3")]
+)
 def test_layers_that_are_not_there_are_named(item: str, there: str) -> None:
     with pytest.raises(ConfigError, match=there):
         prepare(model_of("bert"), parse_captures([item]), batch_of())

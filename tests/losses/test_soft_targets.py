@@ -65,7 +65,9 @@ def test_gradients_are_those_of_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", ["kl", "mse_logits"])
 def test_nothing_is_lost_between_equals(name: str) -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(5)) * 10
-    assert LOSSES[name](signals(logits), signals(logits.clone()), temperature=4.0).item() == pytest.approx(0.0, abs=1e-5)
+    assert LOSSES[name](signals(logits), signals(logits.clone()), temperature=4.0).item() == pytest.approx(
+        0.0, abs=1e-5
+    )
 
 
 def test_soft_cross_entropy_is_the_entropy_between_equals() -> None:
@@ -76,7 +78,7 @@ def test_soft_cross_entropy_is_the_entropy_between_equals() -> None:
 
 
 def test_kl_gradient_keeps_its_size_as_the_temperature_grows() -> None:
-    """Hinton's T²: in the limit of a high T the gradient is that of ‖zt − zs‖²/(2C) of centred logits, whatever T is."""
+    """Hinton's T²: at a high T the gradient is that of ‖zt − zs‖²/(2C) of centred logits, whatever T is."""
     generator = torch.Generator().manual_seed(7)
     teacher, start = torch.randn(1, 6, generator=generator).double(), torch.randn(1, 6, generator=generator).double()
 

@@ -1,0 +1,103 @@
+"""Knowledge distillation from precomputed teachers: run the teacher once, train students from its cache.
+
+    import softlabels
+
+    corpus = softlabels.read_corpus("reviews.csv")
+    softlabels.dump(corpus, teacher="my-teacher", out="my-cache")
+    cache = softlabels.open_cache("my-cache")
+    softlabels.train_student(cache, out="runs/small", options=softlabels.StudentOptions(student="bilstm"))
+
+Each name is imported when it is first used, so `import softlabels` costs nothing. Where a module and its main
+function share a name (`dump`, `evaluate`), the module can be called: `softlabels.dump(...)` runs
+`softlabels.dump.dump(...)`, whatever was imported before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import inspect
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it
+_PUBLIC = {
+    "SoftlabelsError": "softlabels.errors",
+    "read_recipe": "softlabels.config",
+    "DumpOptions": "softlabels.config",
+    "StudentOptions": "softlabels.config",
+    "read_corpus": "softlabels.corpus",
+    "load_teacher": "softlabels.teacher",
+    "train_teacher": "softlabels.teacher",
+    "TeacherOptions": "softlabels.teacher",
+    "dump": "softlabels.dump",
+    "open_cache": "softlabels.cache",
+    "train_student": "softlabels.train",
+    "load_run": "softlabels.runs",
+    "evaluate": "softlabels.evaluate",
+    "predict": "softlabels.evaluate",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from softlabels.cache import open_cache as open_cache
+    from softlabels.config import DumpOptions as DumpOptions
+    from softlabels.config import StudentOptions as StudentOptions
+    from softlabels.config import read_recipe as read_recipe
+    from softlabels.corpus import read_corpus as read_corpus
+    from softlabels.dump import dump as dump
+    from softlabels.errors import SoftlabelsError as SoftlabelsError
+    from softlabels.evaluate import evaluate as evaluate
+    from softlabels.evaluate import predict as predict
+    from softlabels.runs import load_run as load_run
+    from softlabels.teacher import TeacherOptions as TeacherOptions
+    from softlabels.teacher import load_teacher as load_teacher
+    from softlabels.teacher import train_teacher as train_teacher
+    from softlabels.train import train_student as train_student
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'softlabels' has no attribute '{name}'")
+    module = import_module(_PUBLIC[name])
+    if module.__name__ == f"{__name__}.{name}":
+        return module
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+class _CallableModule(ModuleType):
+    """A module that runs its function of the same name when it is called."""
+
+    def _main(self) -> Callable[..., Any]:
+        return vars(self)[self.__name__.rpartition(".")[2]]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        import inspect
+
+        return inspect.signature(self._main())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._main()(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This package. The import system binds a module to its package last: the moment to make it callable."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _PUBLIC.get(name) == value.__name__:
+            value.__class__ = _CallableModule
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

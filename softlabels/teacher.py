@@ -1,0 +1,571 @@
+"""The teacher: a sequence classifier, loaded as it is, or fine-tuned from a pretrained model on a labelled corpus.
+
+`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher` fine-tunes:
+labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about. The folder is written
+under another name and renamed last, so `out` is either a whole teacher or not there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from softlabels.cache.files import sync_folder as sync
+from softlabels.corpus import Corpus, check_trainable, encode_labels
+from softlabels.errors import ConfigError, TeacherError
+from softlabels.pretrained import (
+    hash_weights,
+    load_tokenizer,
+    quiet_transformers,
+    reset_tokenizer,
+    resolve_pretrained,
+)
+from softlabels.progress import progress
+from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, tokenize
+from softlabels.types import NO_LABEL, TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT, VERSION = "softlabels-teacher", 1
+METRIC = "accuracy"
+_WINDOW = 50  # batches whose rows are sorted by length together
+_EVAL_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A classifier ready to be asked. `label_names` are in the order of its logits (B, C)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    label_names: list[str]
+    weights_hash: str  # xxh3-128 (hex) of its safetensors files and config.json
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """How a teacher is fine-tuned. The defaults suit MiniLM and BERT-base on a few thousand short texts."""
+
+    epochs: int = 5
+    lr: float = 1e-4
+    batch_size: int = 32
+    max_length: int | None = None  # tokens; None: what the model takes, at most 512
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    validation_fraction: float = 0.1  # of each class, held out where no validation corpus is given
+    seed: int = 0
+    precision: Literal["fast", "bfloat16", "float32"] = "fast"  # see `_compute_precision`
+    trust_remote_code: bool = False
+    device: str | None = None  # None: the GPU if there is one
+
+    def __post_init__(self) -> None:
+        faults = {
+            "epochs": self.epochs < 1,
+            "batch_size": self.batch_size < 1,
+            "lr": not (math.isfinite(self.lr) and self.lr > 0),
+            "warmup": not 0 <= self.warmup <= 1,
+            "weight_decay": self.weight_decay < 0,
+            "clip": not self.clip > 0,
+            "validation_fraction": not 0 <= self.validation_fraction < 1,
+            "seed": self.seed < 0,
+            "precision": self.precision not in ("fast", "bfloat16", "float32"),
+        }
+        for name, wrong in faults.items():
+            if wrong:
+                raise ConfigError(f"{name} {getattr(self, name)} is out of range for training a teacher")
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """What one epoch came to. The validation figures are None where no row could be held out."""
+
+    epoch: int  # from 1
+    train_loss: float
+    validation_loss: float | None
+    validation_score: float | None  # METRIC
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What `train_teacher` did. `best_epoch` is the one whose weights were kept."""
+
+    out: Path
+    label_names: list[str]
+    train_rows: int
+    validation_rows: int  # 0: no row could be held out, so the last epoch was kept
+    unlabelled_rows: int  # skipped
+    truncated_rows: int  # cut to max_length tokens
+    max_length: int
+    metric: str
+    best_epoch: int
+    best_score: float | None
+    epochs: list[EpochFigures]
+    seconds: float
+    weights_hash: str
+    reused: bool = False  # `out` already held this very teacher, so nothing was trained
+
+
+# ------------------------------------------------------------------------------------------------------------- load
+
+
+def load_teacher(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Teacher:
+    """The classifier `name` (folder or hub name), frozen, in eval mode, in `dtype` (float32 by default).
+
+    TeacherError: not found, not safetensors, code not trusted, no trained classification head, not a single-label
+    classifier, or a tokenizer that does not fit.
+    """
+    folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)
+    config = _load_config(folder, trust_remote_code)
+    names = _label_names(config, folder)
+    model, missing = _load_classifier(
+        folder, config=config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32, new_head=False
+    )
+    if missing:
+        raise TeacherError(
+            f"{name}: this model has no trained classification head ({', '.join(missing[:3])} would be random): "
+            f"fine-tune it with softlabels train-teacher, and dump the folder that it writes"
+        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    _fit_tokenizer(model, tokenizer, folder)
+    model.eval().requires_grad_(False).to(_pick_device(device))
+    return Teacher(model, tokenizer, name, names, hash_weights(folder))
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise TeacherError(f"{folder / 'config.json'} is no model's configuration: {error}") from error
+
+
+def _label_names(config: PretrainedConfig, folder: Path) -> list[str]:
+    """The class names in the order of the logits; TeacherError where the model is no single-label classifier."""
+    task = getattr(config, "problem_type", None)
+    if task in ("regression", "multi_label_classification") or config.num_labels < 2:
+        what = task or f"a model with {config.num_labels} output"
+        raise TeacherError(
+            f"{folder} is {what}: only single-label classifiers of two or more classes can teach so far; "
+            f"regression and multi-label teachers come in a later version"
+        )
+    names = [config.id2label.get(index) for index in range(config.num_labels)]
+    if None in names or len(set(names)) < len(names):
+        raise TeacherError(
+            f"{folder / 'config.json'}: id2label must give each of the {config.num_labels} classes a name of its own"
+        )
+    return [str(name) for name in names]
+
+
+def _load_classifier(
+    folder: Path, *, config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype, new_head: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The classifier, and the parameters that the checkpoint lacks, sorted. `new_head`: it may have another size."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=new_head,
+                output_loading_info=True,
+            )
+    except Exception as error:  # damaged files, unknown architectures, wrong sizes: each says so in its first line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TeacherError(f"{folder} does not load as a sequence classifier: {reason}") from error
+    wrong_size = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    missing = sorted({*info["missing_keys"], *wrong_size})
+    body = f"{model.base_model_prefix}."
+    if any(key.startswith(body) for key in wrong_size):
+        raise TeacherError(f"{folder}: {wrong_size[0]} has another size than config.json says: the two do not fit")
+    if sum(key.startswith(body) for key in missing) > len(model.state_dict()) / 2:
+        raise TeacherError(f"{folder}: the weights are not those of a {config.model_type}, as config.json says")
+    return model, missing
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Tell the model which token pads; TeacherError where the tokenizer has tokens that the model has not."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise TeacherError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding only {rows}: "
+            f"they are not of the same model"
+        )
+    if model.config.pad_token_id is None or model.config.pad_token_id < 0:
+        # GPT-2 and its kin classify at the last token that is not padding, so they must know which one is
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _pick_device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The labelled rows, tokenised and split."""
+
+    train: list[TokenizedExample]
+    held: list[TokenizedExample]
+    unlabelled: int
+    truncated: int
+    max_length: int
+
+
+def train_teacher(
+    corpus: Corpus, *, model: str, out: Path, options: TeacherOptions, validation: Corpus | None = None
+) -> TeacherReport:
+    """Fine-tune `model` (folder or hub name) on the labelled rows of `corpus` and write a teacher's folder to `out`.
+
+    The epoch with the best accuracy on `validation` is kept (of equals the one with the lower loss). Without
+    `validation`, a share of each class of `corpus` is held out. The same call on the same machine gives the same
+    bytes; where `out` already holds that teacher, nothing is trained. TeacherError, CorpusError: see the messages.
+    """
+    check_trainable(corpus)
+    folder = resolve_pretrained(model, trust_remote_code=options.trust_remote_code)
+    configuration = _configuration(corpus, folder, options, validation)
+    earlier = _earlier(out, configuration)
+    if earlier is not None:
+        return earlier
+    start = time.monotonic()
+    device = _pick_device(options.device)
+    with torch.random.fork_rng(), _renamed_last(out) as unfinished:
+        torch.manual_seed(options.seed)
+        network, tokenizer = _prepare_model(folder, corpus.label_names or [], options)
+        rows = _prepare_rows(corpus, validation, tokenizer, network.config, options)
+        network.to(device)
+        epochs, best = _fit(network, rows, tokenizer.pad_token_id, options)
+        reset_tokenizer(tokenizer)
+        with quiet_transformers():
+            network.eval().cpu().save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        report = TeacherReport(
+            out=out,
+            label_names=list(corpus.label_names or []),
+            train_rows=len(rows.train),
+            validation_rows=len(rows.held),
+            unlabelled_rows=rows.unlabelled,
+            truncated_rows=rows.truncated,
+            max_length=rows.max_length,
+            metric=METRIC,
+            best_epoch=best.epoch,
+            best_score=best.validation_score,
+            epochs=epochs,
+            seconds=round(time.monotonic() - start, 2),
+            weights_hash=hash_weights(unfinished),
+        )
+        _write_teacher_json(unfinished, model, corpus, configuration, report)
+    return report
+
+
+def _prepare_model(
+    folder: Path, label_names: list[str], options: TeacherOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model under a head for `label_names`, and its tokenizer."""
+    config = _load_config(folder, options.trust_remote_code)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    network, _ = _load_classifier(
+        folder,
+        config=config,
+        trust_remote_code=options.trust_remote_code,
+        dtype=torch.float32,
+        new_head=True,
+    )
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    _fit_tokenizer(network, tokenizer, folder)
+    return network, tokenizer
+
+
+def _prepare_rows(
+    corpus: Corpus,
+    validation: Corpus | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    options: TeacherOptions,
+) -> _Rows:
+    """Tokenise the labelled rows of both corpora; hold some out where there is no validation corpus."""
+    max_length = resolve_max_length(options.max_length, tokenizer, config)
+    names = corpus.label_names or []
+
+    def labelled(source: Corpus) -> tuple[list[TokenizedExample], int]:
+        labels = encode_labels(source.examples, names)
+        pairs = [(e, label) for e, label in zip(source.examples, labels, strict=True) if label != NO_LABEL]
+        done = tokenize(tokenizer, [e for e, _ in pairs], max_length=max_length, labels=[label for _, label in pairs])
+        return done.examples, done.truncated
+
+    rows, truncated = labelled(corpus)
+    unlabelled = len(corpus.examples) - len(rows)
+    if validation is None:
+        held = hold_out([row.label for row in rows], fraction=options.validation_fraction, seed=options.seed)
+        train = [row for index, row in enumerate(rows) if index not in held]
+        return _Rows(train, [rows[index] for index in sorted(held)], unlabelled, truncated, max_length)
+    held_rows, held_truncated = labelled(validation)
+    if not held_rows:
+        raise TeacherError(f"the validation corpus {validation.source} has no labelled row to score the teacher on")
+    return _Rows(rows, held_rows, unlabelled, truncated + held_truncated, max_length)
+
+
+def hold_out(labels: Sequence[int], *, fraction: float, seed: int) -> set[int]:
+    """Row numbers to validate on: `fraction` of each class, at least one row of every class that has two."""
+    if fraction == 0:
+        return set()
+    generator, classes, held = np.random.default_rng(seed), np.asarray(labels), []
+    for label in np.unique(classes):
+        rows = generator.permutation(np.flatnonzero(classes == label))
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        held.extend(rows[:count].tolist())
+    return set(held)
+
+
+def shuffled_batches(lengths: Sequence[int], *, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Row numbers in batches of similar length, in random order: sorted only within windows of shuffled rows."""
+    generator = np.random.default_rng(seed)
+    order, sizes = generator.permutation(len(lengths)), np.asarray(lengths)
+    batches = []
+    for start in range(0, len(order), _WINDOW * batch_size):
+        window = order[start : start + _WINDOW * batch_size]
+        batches += [window[batch] for batch in batches_by_length(sizes[window], batch_size=batch_size)]
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _fit(
+    network: PreTrainedModel, rows: _Rows, pad_token_id: int, options: TeacherOptions
+) -> tuple[list[EpochFigures], EpochFigures]:
+    """Train `network` in place and leave the best epoch's weights in it: every epoch's figures, and the best's."""
+    lengths = [len(row.input_ids) for row in rows.train]
+    total = options.epochs * math.ceil(len(rows.train) / options.batch_size)
+    optimizer, schedule = _optimizer(network, options, steps=total)
+    epochs: list[EpochFigures] = []
+    best: EpochFigures | None = None
+    weights: dict[str, torch.Tensor] = {}
+    with progress(options.epochs * len(rows.train), description="teacher", unit="rows") as update:
+        for epoch in range(1, options.epochs + 1):
+            network.train()
+            loss_sum = 0.0
+            seed = (options.seed, epoch)
+            for batch in shuffled_batches(lengths, batch_size=options.batch_size, seed=seed):
+                inputs = [rows.train[index] for index in batch]
+                loss = _step(network, inputs, pad_token_id, options, optimizer, schedule)
+                loss_sum += loss * len(batch)
+                update(len(batch), epoch=epoch, loss=loss)
+            figures = _score(network, rows.held, pad_token_id, options, epoch, loss_sum / len(rows.train))
+            epochs.append(figures)
+            if best is None or _rank(figures) > _rank(best):
+                best = figures
+                if rows.held and epoch < options.epochs:
+                    weights = copy.deepcopy({key: value.cpu() for key, value in network.state_dict().items()})
+    assert best is not None
+    if best.epoch < options.epochs:
+        network.load_state_dict(weights)
+    return epochs, best
+
+
+def _rank(figures: EpochFigures) -> tuple[float, float, int]:
+    """Larger is better: the score, then the lower loss; without validation, the later epoch."""
+    if figures.validation_score is None or figures.validation_loss is None:
+        return (0.0, 0.0, figures.epoch)
+    return (figures.validation_score, -figures.validation_loss, -figures.epoch)
+
+
+def _optimizer(
+    network: PreTrainedModel, options: TeacherOptions, *, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, without decay on biases and norms; the rate rises linearly, then falls linearly to 0."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    warm = max(1, round(options.warmup * steps))
+
+    def rate(step: int) -> float:
+        return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+@contextmanager
+def _compute_precision(options: TeacherOptions, device: torch.device) -> Iterator[None]:
+    """How a forward and backward pass computes; the weights and the optimizer are float32 in any case.
+
+    'fast' rounds the inputs of matrix products where the processor has units for that (bfloat16 on a CPU with AMX or
+    AVX512-BF16, TF32 on a GPU) and is as 'float32' elsewhere. 'bfloat16' is autocast.
+    """
+    fast = options.precision == "fast" and (device.type == "cuda" or _cpu_has_bfloat16())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _cpu_has_bfloat16() -> bool:
+    # without such units torch would emulate bfloat16, slower than float32; the checks are not yet public in torch
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def _step(
+    network: PreTrainedModel,
+    inputs: list[TokenizedExample],
+    pad_token_id: int,
+    options: TeacherOptions,
+    optimizer: torch.optim.AdamW,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> float:
+    """One step of the optimizer; the batch's mean loss. A step that is not finite is never taken."""
+    batch = pad_batch(inputs, pad_token_id=pad_token_id).to(network.device)
+    with _compute_precision(options, network.device):
+        logits = network(**batch.model_inputs()).logits.float()  # (B, C)
+        loss = functional.cross_entropy(logits, batch.labels)
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        raise TeacherError(
+            f"the teacher's training broke down at step {schedule.last_epoch + 1}: the loss is {loss.item():.3g}, "
+            f"the gradient's norm {norm.item():.3g}; try a lower --lr than {options.lr:g}"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def _score(
+    network: PreTrainedModel,
+    rows: list[TokenizedExample],
+    pad_token_id: int,
+    options: TeacherOptions,
+    epoch: int,
+    train_loss: float,
+) -> EpochFigures:
+    """The epoch's figures on the held-out `rows`."""
+    if not rows:
+        return EpochFigures(epoch, train_loss, None, None)
+    network.eval()
+    loss = right = 0.0
+    for indices in batches_by_length([len(row.input_ids) for row in rows], batch_size=_EVAL_ROWS):
+        batch = pad_batch([rows[index] for index in indices], pad_token_id=pad_token_id).to(network.device)
+        with _compute_precision(options, network.device):
+            logits = network(**batch.model_inputs()).logits.float()  # (B, C)
+        loss += functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+        right += (logits.argmax(-1) == batch.labels).sum().item()
+    if not math.isfinite(loss):
+        raise TeacherError(f"after epoch {epoch} the validation loss is {loss}; try a lower --lr than {options.lr:g}")
+    return EpochFigures(epoch, train_loss, loss / len(rows), right / len(rows))
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def _configuration(corpus: Corpus, folder: Path, options: TeacherOptions, validation: Corpus | None) -> dict[str, Any]:
+    """What decides the teacher's weights, beside the machine and the versions."""
+    settings = {key: value for key, value in asdict(options).items() if key not in ("device", "trust_remote_code")}
+    return {
+        "model": hash_weights(folder),
+        "corpus": corpus.hash,
+        "validation": None if validation is None else validation.hash,
+        "label_names": list(corpus.label_names or []),
+        **settings,
+    }
+
+
+def _earlier(out: Path, configuration: dict[str, Any]) -> TeacherReport | None:
+    """The report of a teacher of this configuration in `out`; None where `out` is free; else TeacherError."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    remedy = "choose another --out, or remove it first"
+    try:
+        saved = json.loads((out / "teacher.json").read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT or saved["version"] != VERSION:
+            raise ValueError
+        before, report = saved["configuration"], saved["report"]
+        differing = [key for key in configuration if before.get(key) != configuration[key]]
+        epochs = [EpochFigures(**figures) for figures in report.pop("epochs")]
+        found = TeacherReport(**report, out=out, epochs=epochs, reused=True)
+        unchanged = not differing and hash_weights(out) == found.weights_hash
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise TeacherError(f"{out} is already there and is no teacher of this softlabels: {remedy}") from None
+    if differing:
+        raise TeacherError(f"{out} holds a teacher that differs in {', '.join(differing)}: {remedy}")
+    if not unchanged:
+        raise TeacherError(f"{out} holds a teacher whose weights or config were changed since: {remedy}")
+    return found
+
+
+def _write_teacher_json(
+    folder: Path, model: str, corpus: Corpus, configuration: dict[str, Any], report: TeacherReport
+) -> None:
+    """Write teacher.json: what went in, how, and what came out."""
+    import transformers
+
+    figures = asdict(report)
+    del figures["out"], figures["reused"]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "corpus": {"source": corpus.source, "split": corpus.split, "hash": corpus.hash},
+        "configuration": configuration,
+        "report": figures,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "teacher.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _renamed_last(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not."""
+    from safetensors import SafetensorError
+
+    unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in [*unfinished.iterdir(), unfinished]:
+            sync(path)
+        if out.exists():
+            out.rmdir()  # empty, or this fails and says so
+        unfinished.rename(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TeacherError(f"the teacher could not be written to {out}: {reason}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
