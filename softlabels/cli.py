@@ -443,7 +443,9 @@ def _facts(facts: dict[str, Any]) -> str:
     """`name  value` lines, aligned."""
     width = max(len(name) for name in facts)
     return "\n".join(
-        f"{name.replace('_', ' '):{width}}  {_value(name, value)}" for name, value in facts.items() if value is not None
+        f"{name.replace('_', ' '):{width}}  {_value(name, value)}"
+        for name, value in facts.items()
+        if value not in (None, {})
     )
 
 
