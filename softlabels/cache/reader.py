@@ -26,6 +26,7 @@ from softlabels.errors import CacheError
 from softlabels.types import NO_LABEL, Signals, TokenBatch
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 _OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
@@ -141,6 +142,19 @@ class Cache:
     def identity(self) -> str:
         """One hash that two caches share only if they hold the same rows, fields and values."""
         return fingerprint([self.manifest.join, {name: t.xxh3_128 for name, t in self.manifest.shards.items()}])
+
+    def table(self, field: str, shard: int) -> pa.Table:
+        """A shard of a field (or of `examples`) as it lies on disk, mapped and checked."""
+        table = self._shard(field, shard)
+        if field in self.fields and self.fields[field].kind != "row":
+            self._column_lists(field, field, shard)  # as many values in every row as its tokens ask for
+        return table
+
+    def to_datasets(self, fields: Sequence[str] | None = None) -> datasets.Dataset:
+        """The cache as a `datasets.Dataset`, without a copy where that is possible; see `softlabels.cache.interop`."""
+        from softlabels.cache.interop import to_datasets
+
+        return to_datasets(self, fields)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the cache."""
