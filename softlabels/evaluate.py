@@ -43,13 +43,12 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds for one text alone, tokenisation included: the median over some texts of the corpus."""
+    """Milliseconds for one text alone on one CPU thread, tokenisation included: the median over `texts` texts."""
 
     ms: float
     teacher_ms: float | None
     teacher_parameters: int | None
     texts: int
-    threads: int
 
     @property
     def times_faster(self) -> float | None:
@@ -166,17 +165,21 @@ def _latency(student: Run, examples: Sequence[Example], cache: Cache | None) -> 
     teacher = None if cache is None else _teacher_clock(cache)
     mine: list[float] = []
     theirs: list[float] = []
+    threads = torch.get_num_threads()
     warm = len(chosen[:3])  # texts that are only there to warm up
-    for example in (*chosen[:warm], *chosen):
-        mine.append(_milliseconds(partial(student.logits, [example])))
-        if teacher is not None:
-            theirs.append(_milliseconds(partial(teacher.answer, example)))
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
+    try:
+        for example in (*chosen[:warm], *chosen):
+            mine.append(_milliseconds(partial(student.logits, [example])))
+            if teacher is not None:
+                theirs.append(_milliseconds(partial(teacher.answer, example)))
+    finally:
+        torch.set_num_threads(threads)
     return Latency(
         ms=statistics.median(mine[warm:]),
         teacher_ms=statistics.median(theirs[warm:]) if theirs else None,
         teacher_parameters=None if teacher is None else teacher.parameters,
         texts=len(chosen),
-        threads=torch.get_num_threads(),
     )
 
 
