@@ -179,6 +179,23 @@ class DumpOptions(Strict):
         return value
 
 
+class ImportOptions(Strict):
+    """What decides the bytes of a cache of logits that a teacher gave elsewhere, beside these and the corpus."""
+
+    label_names: list[str] | None = None  # in the order of the logits
+    teacher_name: str | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    shard_rows: int = Field(default=4096, ge=1)
+    text: bool = True  # keep the raw texts in the cache
+
+    @field_validator("label_names")
+    @classmethod
+    def _classes(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(value) < 2 or len(set(value)) < len(value) or not all(value)):
+            raise ValueError("name two classes or more, all different, in the order of the logits: no,yes")
+        return value
+
+
 class StudentOptions(Strict):
     """How one student is built and trained."""
 

@@ -4,7 +4,7 @@ A cache is a folder:
 
     manifest.json            what the cache holds (`Manifest` below), UTF-8 JSON; its existence makes a folder a cache
     tokenizer/               the teacher's tokenizer, as transformers saves it
-    teacher/config.json      the teacher's configuration; never its weights
+    teacher/config.json      the teacher's configuration, where it is known; never its weights
     examples/00000.arrow     one folder a field, one file a shard, numbered from 0 with at least five digits
     examples/00000.json      the shard's receipt (`Receipt` below), renamed into place after the shard
     logits/00000.arrow …     the other fields, shard by shard the same rows in the same order
@@ -67,7 +67,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from softlabels.errors import CacheError
 
 FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
-VERSION = 1
+VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"
 TEMPORARY = ".tmp-"  # prefix of every file that is not whole yet

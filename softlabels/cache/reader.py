@@ -6,12 +6,13 @@ mapped while it is among the most recently used.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -155,6 +156,11 @@ class Cache:
         from softlabels.cache.interop import to_datasets
 
         return to_datasets(self, fields)
+
+    def teacher_config(self) -> dict[str, Any]:
+        """The teacher's config.json; empty where the teacher ran elsewhere and left none."""
+        path = self.path / "teacher" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the cache."""

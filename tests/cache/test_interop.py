@@ -39,7 +39,9 @@ def check(field: str, rows: list[dict[str, Any]]) -> None:
         for row, example in zip(rows, rows_of(LENGTHS), strict=True):
             assert row["id"] == example.id and row["label"] == example.label and row["text"] == example.text
             assert list(row["input_ids"]) == example.input_ids.tolist()
-            assert list(row["token_type_ids"]) == (example.token_type_ids.tolist() if example.token_type_ids is not None else [])
+            assert list(row["token_type_ids"]) == (
+                example.token_type_ids.tolist() if example.token_type_ids is not None else []
+            )
         return
     spec = FIELDS[field]
     for number, row in enumerate(rows):

@@ -23,9 +23,7 @@ from tests.bench.bench_manifest import manifest_of, measure, write_manifest
 
 
 def receipt(number: int) -> Receipt:
-    return Receipt(
-        rows=3, tokens=9, bytes=1000 + number, xxh3_128=f"{number:032x}", join="0" * 32, clipped=number
-    )
+    return Receipt(rows=3, tokens=9, bytes=1000 + number, xxh3_128=f"{number:032x}", join="0" * 32, clipped=number)
 
 
 def test_a_shard_table_gives_back_its_receipts() -> None:
