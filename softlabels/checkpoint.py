@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softlabels.cache.files import lock, sync_folder, write_file
 from softlabels.cache.format import TEMPORARY
-from softlabels.errors import ConfigError
+from softlabels.errors import ConfigError, StudentError
 
 _CHECKPOINT = "checkpoint"
 _OPTIONS = "options.json"
@@ -89,19 +90,35 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
     """Replace the checkpoint of `out` by the state after `state.epoch`."""
     draft, place, old = _paths(out)
     shutil.rmtree(draft, ignore_errors=True)
-    accelerator.save_state(str(draft))
-    if state.best_epoch == state.epoch:
-        weights = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
-        save_file(weights, draft / "best.safetensors")
-    else:
-        shutil.copyfile(place / "best.safetensors", draft / "best.safetensors")
-    write_file(draft / "progress.json", json.dumps(asdict(state)).encode())
+    try:
+        accelerator.save_state(str(draft))
+        if state.best_epoch == state.epoch:
+            weights = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
+            save_file(weights, draft / "best.safetensors")
+        else:
+            shutil.copyfile(place / "best.safetensors", draft / "best.safetensors")
+        write_file(draft / "progress.json", json.dumps(asdict(state)).encode())
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors tell a full disk in their own ways
+        shutil.rmtree(draft, ignore_errors=True)
+        kept = f"The one of epoch {state.epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
+        raise StudentError(
+            f"the checkpoint of epoch {state.epoch} can't be written to {out} ({_free(out)}): {error}. {kept}".rstrip()
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
     draft.rename(place)
     sync_folder(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _free(folder: Path) -> str:
+    """'120 MB free', which tells a full disk from any other fault."""
+    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
 
 
 def restore(out: Path, accelerator: Accelerator) -> Progress:

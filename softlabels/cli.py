@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
+import io
 import json
+import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -467,18 +472,29 @@ def predict_command(
 
 
 def _read_texts(texts: Sequence[str]) -> list[str | tuple[str, str]]:
-    if list(texts) == ["-"]:
-        try:
-            lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
-    else:
-        lines = list(texts)
-    if not lines or any(not line.strip() for line in lines):
+    lines = _read_lines() if list(texts) == ["-"] else list(texts)
+    if not lines or any(not part.strip() for line in lines for part in line.split("\t", 1)):
         raise ConfigError(
             "predict needs texts, none of them empty: name them, or give - and one a line on standard input"
         )
-    return [line if "\t" not in line else (line.split("\t", 1)[0], line.split("\t", 1)[1]) for line in lines]
+    for line in lines:
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # how Python hands over bytes of the command line that are not UTF-8
+            raise ConfigError(f"the text {line!r} is not UTF-8: convert it first") from None
+    pairs = [line.split("\t", 1) for line in lines]
+    return [(pair[0], pair[1]) if len(pair) == 2 else pair[0] for pair in pairs]
+
+
+def _read_lines() -> list[str]:
+    """The lines of standard input; only a line feed ends one, since a text may hold any other separator."""
+    if sys.stdin is None:  # closed by whoever started this process
+        raise ConfigError("there is no standard input to read: name the texts instead of -")
+    try:
+        whole = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
+    return [line.removesuffix("\r") for line in whole.removesuffix("\n").split("\n")] if whole else []
 
 
 # -------------------------------------------------------------------------------------------------------- printing
@@ -489,7 +505,18 @@ def _say(line: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: a path is a text, and a number that isn't finite is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _finish(report: Any, as_json: bool) -> None:
@@ -549,7 +576,7 @@ def _evaluation_table(found) -> str:
             *(f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")),
             f"{scores['support']:.0f}",
         ]
-        for name, scores in (found.classes | found.averages).items()
+        for name, scores in (*found.classes.items(), *found.averages.items())
     ]
     facts: dict[str, Any] = {"rows": found.rows, "accuracy": found.accuracy, "macro_f1": found.macro_f1}
     if found.fidelity is not None:
@@ -596,17 +623,22 @@ def _recipe_table(result) -> str:
             score(result.teacher_accuracy),
             score(row.agreement),
             f"{row.ms:.2f}",
-            f"{row.times_faster:.0f}x" if row.times_faster >= 10 else f"{row.times_faster:.1f}x",
+            "–" if row.times_faster is None else f"{row.times_faster:.{0 if row.times_faster >= 10 else 1}f}x",
             f"{row.train_seconds:.1f}",
         ]
         for row in result.rows
     ]
     typical = sorted(row.train_seconds for row in result.rows)[len(result.rows) // 2]
     cheapest = f"{result.teacher_seconds / typical:.0f}" if typical > 0 else "many"
+    speed = (
+        "the teacher can't be timed on this machine"
+        if result.teacher_ms is None
+        else f"the teacher has {result.teacher_parameters:,} parameters and takes {result.teacher_ms:.1f} ms a text"
+    )
     return (
         f"{_columns(head, rows)}\n\n"
         f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
-        f"the teacher has {result.teacher_parameters:,} parameters and takes {result.teacher_ms:.1f} ms a text.\n"
+        f"{speed}.\n"
         f"The first experiment paid for the teacher, {result.teacher_seconds:.0f} s once: fine-tuning, and one pass "
         f"over {result.cache_rows:,} rows into {_size(result.cache_bytes)} of cache. Every further one costs only a "
         f"student's own training, {typical:.1f} s for the median student: {cheapest} times less."
@@ -621,15 +653,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself.
     """
+    # torch's threads wait for each other by spinning, which on a machine that does anything else beside is ten times
+    # slower than sleeping; on an idle one it gains little. Read when torch is loaded; the user's own setting wins.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
-    sys.exit(_guarded([word for word in given if word != "--debug"], debug=debug))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a sign is no reason to stop
+    try:
+        code = _guarded([word for word in given if word != "--debug"], debug=debug)
+    except KeyboardInterrupt:  # again, while the first one was being told
+        code = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: it would only garble the end
+    gc.freeze()  # nor to collect: Python would search torch's objects for most of a second
+    sys.exit(code)
 
 
 def _guarded(arguments: list[str], *, debug: bool) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="softlabels")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this process
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except TyperException as error:  # wrong usage
         path = getattr(getattr(error, "ctx", None), "command_path", "softlabels")
@@ -658,6 +703,10 @@ def _guarded(arguments: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        told = re.search(r"\(os error (\d+)\)$", str(error))  # how Rust's libraries tell what the system said
+        if told:
+            _say(f"error: {_system_fault(OSError(int(told[1]), os.strerror(int(told[1]))))}")
+            return 2
         _say(f"error: {type(error).__name__}: {error}\nThis is a fault of softlabels itself; --debug shows where")
         return 1
 
@@ -666,8 +715,14 @@ def _system_fault(error: OSError) -> str:
     place = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{place}. What was committed is kept: make room and give the same command again"
+    if error.errno == errno.EFBIG:
+        return "a file became larger than is allowed here (ulimit -f). What was committed is kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{place}: choose another folder"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"a file is where a folder is needed{place}: choose another name"
+    if error.errno == errno.EISDIR:
+        return f"a folder is where a file is needed{place}: choose another name"
     return f"{error.strerror or error}{place}"
 
 

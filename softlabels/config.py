@@ -143,7 +143,7 @@ def _numbers(value: Any) -> Any:
 class Strict(BaseModel):
     """A frozen model that refuses unknown keys and says which key was probably meant."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -211,7 +211,7 @@ class StudentOptions(Strict):
     clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
     validation: float = Field(default=0.1, ge=0, lt=1)  # share of the rows held out where no --eval is given
     patience: int | None = Field(default=None, ge=1)  # epochs without a better score before stopping
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # numpy takes no larger one
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -233,7 +233,7 @@ class TeacherTraining(Strict):
     batch_size: int = Field(default=32, ge=1)
     max_length: int | None = Field(default=None, ge=1)
     rows: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 # --------------------------------------------------------------------------------------------------------- recipes

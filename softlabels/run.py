@@ -23,12 +23,12 @@ from typing import Any
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
 from softlabels.config import Recipe, StudentEntry, StudentOptions, fingerprint
-from softlabels.corpus import Corpus, read_corpus
+from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
-from softlabels.errors import ConfigError
+from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
 from softlabels.teacher import TeacherOptions, train_teacher
-from softlabels.train import train_student
+from softlabels.train import check_options, train_student
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Row:
     macro_f1_hard: float | None
     agreement: float
     ms: float
-    times_faster: float
+    times_faster: float | None  # None where the teacher is too large to be timed here
     train_seconds: float  # of one soft-label student
 
 
@@ -58,8 +58,8 @@ class RunResult:
     rows: list[Row]
     teacher_accuracy: float
     teacher_macro_f1: float
-    teacher_parameters: int
-    teacher_ms: float
+    teacher_parameters: int | None
+    teacher_ms: float | None
     teacher_seconds: float  # fine-tuning (0 where the teacher was ready) and dumping: paid once
     cache_rows: int
     cache_bytes: int
@@ -102,12 +102,22 @@ def run_recipe(
     with lock(out):
         stages = _Stages(out, say)
         corpora = _Corpora(recipe)
-        teacher, teacher_key, teacher_seconds = _teacher(recipe, stages, corpora)
+        _check(recipe, corpora)
+        teacher, teacher_key, teacher_seconds = _teacher(recipe, stages, corpora, cpu=cpu)
         cache_key = fingerprint([teacher_key, corpora.key("transfer"), recipe.dump.model_dump()])
         test_key = fingerprint([teacher_key, corpora.key("test"), recipe.dump.model_dump()])
-        dumped = _dump(recipe, stages, "cache", lambda: corpora.read("transfer"), teacher=teacher, key=cache_key)
+        dumped = _dump(
+            recipe, stages, "cache", lambda: corpora.read("transfer"), teacher=teacher, key=cache_key, cpu=cpu
+        )
         _dump(
-            recipe, stages, "cache-test", lambda: corpora.read("test"), teacher=teacher, key=test_key, logits_only=True
+            recipe,
+            stages,
+            "cache-test",
+            lambda: corpora.read("test"),
+            teacher=teacher,
+            key=test_key,
+            logits_only=True,
+            cpu=cpu,
         )
         results = [
             (entry, _student(entry, stages, corpora, cache_key=cache_key, test_key=test_key, cpu=cpu))
@@ -118,11 +128,25 @@ def run_recipe(
     return result
 
 
+def _check(recipe: Recipe, corpora: _Corpora) -> None:
+    """What can be known to fail is told now, not after the hours that the teacher takes."""
+    for entry in recipe.students:
+        check_options(_options(entry, "soft", entry.seeds[0]))
+    test = corpora.read("test")
+    if all(example.label is None for example in test.examples):
+        raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
+    if recipe.teacher.train is not None:
+        train = corpora.read("train")
+        check_trainable(train)
+        for use in ("transfer", "test"):
+            encode_labels(corpora.read(use).examples, train.label_names or [])
+
+
 class _Corpora:
     """The recipe's corpora, each read once."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.choice = recipe.corpus
+        self.choice, self.training = recipe.corpus, recipe.teacher.train
         self._read: dict[tuple[str, str | None, int | None], Corpus] = {}
         if recipe.corpus.test is None and recipe.corpus.test_source is None:
             raise ConfigError(
@@ -150,7 +174,11 @@ class _Corpora:
         return choice.source, choice.train if use == "train" or choice.transfer is None else choice.transfer
 
     def _rows(self, use: str) -> int | None:
-        return None if use == "test" else self.choice.rows
+        if use == "test":
+            return None
+        if use == "train" and self.training is not None and self.training.rows is not None:
+            return min(self.training.rows, self.choice.rows or self.training.rows)
+        return self.choice.rows
 
 
 def _state_of(model: str) -> Any:
@@ -162,14 +190,14 @@ def _state_of(model: str) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _teacher(recipe: Recipe, stages: _Stages, corpora: _Corpora) -> tuple[str, str, float]:
+def _teacher(recipe: Recipe, stages: _Stages, corpora: _Corpora, *, cpu: bool) -> tuple[str, str, float]:
     """Where the teacher is, what it depends on, and the seconds its fine-tuning took."""
     choice = recipe.teacher
     if choice.train is None:
         return choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0
     key = fingerprint([choice.model_dump(), _state_of(choice.model), corpora.key("train")])
     out = stages.out / "teacher"
-    options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}))
+    options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}), device="cpu" if cpu else None)
 
     def work() -> dict[str, Any]:
         corpus = corpora.read("train")
@@ -187,13 +215,14 @@ def _dump(
     *,
     teacher: str,
     key: str,
+    cpu: bool,
     logits_only: bool = False,
 ) -> dict[str, Any]:
     out = stages.out / name
     options = recipe.dump.model_copy(update={"capture": ["logits"]}) if logits_only else recipe.dump
 
     def work() -> dict[str, Any]:
-        report = dump(corpus(), teacher=teacher, out=out, options=options)
+        report = dump(corpus(), teacher=teacher, out=out, options=options, device="cpu" if cpu else None)
         return {"rows": report.rows, "bytes": report.bytes, "truncated": report.truncated}
 
     return stages.run(name, [key, options.model_dump()], work, makes=out / "manifest.json")
@@ -273,7 +302,7 @@ def _table(
                 macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
                 agreement=mean(item["fidelity"]["agreement"] for item in soft),
                 ms=mean(item["latency"]["ms"] for item in soft),
-                times_faster=mean(item["times_faster"] for item in soft),
+                times_faster=_mean_of_known([item["times_faster"] for item in soft]),
                 train_seconds=mean(item["train_seconds"] for item in soft),
             )
         )
@@ -286,12 +315,17 @@ def _table(
         teacher_accuracy=fidelity["teacher_accuracy"],
         teacher_macro_f1=fidelity["teacher_macro_f1"],
         teacher_parameters=every[0]["latency"]["teacher_parameters"],
-        teacher_ms=mean(item["latency"]["teacher_ms"] for item in every),
+        teacher_ms=_mean_of_known([item["latency"]["teacher_ms"] for item in every]),
         teacher_seconds=teacher_seconds,
         cache_rows=dumped["rows"],
         cache_bytes=dumped["bytes"],
         skipped=skipped,
     )
+
+
+def _mean_of_known(figures: list[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return mean(known) if known else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

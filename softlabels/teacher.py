@@ -1,16 +1,14 @@
-"""The teacher: a sequence classifier, loaded as it is, or fine-tuned from a pretrained model on a labelled corpus.
+"""The teacher: a sequence classifier, loaded as it is, or fine-tuned from a pretrained model.
 
-`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher` fine-tunes:
-labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about. The folder is written
-under another name and renamed last, so `out` is either a whole teacher or not there.
+`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher`
+fine-tunes: labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about.
+The folder is written under another name and renamed last, so `out` is either a whole teacher or not there.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from softlabels.cache.files import lock
 from softlabels.cache.files import sync_folder as sync
 from softlabels.corpus import Corpus, check_trainable, encode_labels
 from softlabels.errors import ConfigError, TeacherError
@@ -34,7 +33,7 @@ from softlabels.pretrained import (
     resolve_pretrained,
 )
 from softlabels.progress import progress
-from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, tokenize
+from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, shuffled_batches, tokenize
 from softlabels.types import NO_LABEL, TokenizedExample
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "softlabels-teacher", 1
 METRIC = "accuracy"
-_WINDOW = 50  # batches whose rows are sorted by length together
 _EVAL_ROWS = 64
 
 
@@ -59,10 +57,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How a teacher is fine-tuned. The defaults suit MiniLM and BERT-base on a few thousand short texts."""
+    """How a teacher is fine-tuned. The defaults are safe for BERT-base; MiniLM takes lr 1e-4 to 2e-4."""
 
     epochs: int = 5
-    lr: float = 1e-4
+    lr: float = 5e-5
     batch_size: int = 32
     max_length: int | None = None  # tokens; None: what the model takes, at most 512
     warmup: float = 0.1  # share of the steps
@@ -121,7 +119,7 @@ class TeacherReport:
     reused: bool = False  # `out` already held this very teacher, so nothing was trained
 
 
-# ------------------------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------------------------- load
 
 
 def load_teacher(
@@ -133,18 +131,23 @@ def load_teacher(
 ) -> Teacher:
     """The classifier `name` (folder or hub name), frozen, in eval mode, in `dtype` (float32 by default).
 
-    TeacherError: not found, not safetensors, code not trusted, no trained classification head, not a single-label
-    classifier, or a tokenizer that does not fit.
+    TeacherError: not found, not safetensors, code not trusted, no trained classification head, not a
+    single-label classifier, or a tokenizer that does not fit.
     """
     folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
     names = _label_names(config, folder)
     model, missing = _load_classifier(
-        folder, config=config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32, new_head=False
+        folder,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype or torch.float32,
+        new_head=False,
     )
     if missing:
         raise TeacherError(
-            f"{name}: this model has no trained classification head ({', '.join(missing[:3])} would be random): "
+            f"{name}: this model has no trained classification head "
+            f"({', '.join(missing[:3])} would be random): "
             f"fine-tune it with softlabels train-teacher, and dump the folder that it writes"
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -163,18 +166,19 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _label_names(config: PretrainedConfig, folder: Path) -> list[str]:
-    """The class names in the order of the logits; TeacherError where the model is no single-label classifier."""
-    task = getattr(config, "problem_type", None)
-    if task in ("regression", "multi_label_classification") or config.num_labels < 2:
-        what = task or f"a model with {config.num_labels} output"
+    """The class names in the order of the logits; TeacherError where it is no single-label classifier."""
+    task, count = getattr(config, "problem_type", None), config.num_labels or 0
+    if task in ("regression", "multi_label_classification") or count < 2:
+        what = task or f"a model with {count} output"
         raise TeacherError(
             f"{folder} is {what}: only single-label classifiers of two or more classes can teach so far; "
             f"regression and multi-label teachers come in a later version"
         )
-    names = [config.id2label.get(index) for index in range(config.num_labels)]
+    named: dict[Any, Any] = config.id2label or {}
+    names = [named.get(index) for index in range(count)]
     if None in names or len(set(names)) < len(names):
         raise TeacherError(
-            f"{folder / 'config.json'}: id2label must give each of the {config.num_labels} classes a name of its own"
+            f"{folder / 'config.json'}: id2label must give each of the {count} classes a name of its own"
         )
     return [str(name) for name in names]
 
@@ -182,7 +186,7 @@ def _label_names(config: PretrainedConfig, folder: Path) -> list[str]:
 def _load_classifier(
     folder: Path, *, config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype, new_head: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The classifier, and the parameters that the checkpoint lacks, sorted. `new_head`: it may have another size."""
+    """The classifier, and what the checkpoint lacks, sorted. `new_head`: the head may have another size."""
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -227,7 +231,7 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-# ------------------------------------------------------------------------------------------------------------ train
+# ------------------------------------------------------------------------------------------------------ train
 
 
 @dataclass(frozen=True)
@@ -244,11 +248,12 @@ class _Rows:
 def train_teacher(
     corpus: Corpus, *, model: str, out: Path, options: TeacherOptions, validation: Corpus | None = None
 ) -> TeacherReport:
-    """Fine-tune `model` (folder or hub name) on the labelled rows of `corpus` and write a teacher's folder to `out`.
+    """Fine-tune `model` (folder or hub name) on the labelled rows of `corpus`, and write a teacher to `out`.
 
     The epoch with the best accuracy on `validation` is kept (of equals the one with the lower loss). Without
-    `validation`, a share of each class of `corpus` is held out. The same call on the same machine gives the same
-    bytes; where `out` already holds that teacher, nothing is trained. TeacherError, CorpusError: see the messages.
+    `validation`, a share of each class of `corpus` is held out. The same call on the same machine gives the
+    same weights; where `out` already holds that teacher, nothing is trained. TeacherError and CorpusError say
+    what does not fit.
     """
     check_trainable(corpus)
     folder = resolve_pretrained(model, trust_remote_code=options.trust_remote_code)
@@ -262,7 +267,7 @@ def train_teacher(
         torch.manual_seed(options.seed)
         network, tokenizer = _prepare_model(folder, corpus.label_names or [], options)
         rows = _prepare_rows(corpus, validation, tokenizer, network.config, options)
-        network.to(device)
+        network.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` has the wrong type
         epochs, best = _fit(network, rows, tokenizer.pad_token_id, options)
         reset_tokenizer(tokenizer)
         with quiet_transformers():
@@ -348,21 +353,10 @@ def hold_out(labels: Sequence[int], *, fraction: float, seed: int) -> set[int]:
     return set(held)
 
 
-def shuffled_batches(lengths: Sequence[int], *, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
-    """Row numbers in batches of similar length, in random order: sorted only within windows of shuffled rows."""
-    generator = np.random.default_rng(seed)
-    order, sizes = generator.permutation(len(lengths)), np.asarray(lengths)
-    batches = []
-    for start in range(0, len(order), _WINDOW * batch_size):
-        window = order[start : start + _WINDOW * batch_size]
-        batches += [window[batch] for batch in batches_by_length(sizes[window], batch_size=batch_size)]
-    return [batches[index] for index in generator.permutation(len(batches))]
-
-
 def _fit(
     network: PreTrainedModel, rows: _Rows, pad_token_id: int, options: TeacherOptions
 ) -> tuple[list[EpochFigures], EpochFigures]:
-    """Train `network` in place and leave the best epoch's weights in it: every epoch's figures, and the best's."""
+    """Train `network`, and leave the best epoch's weights in it: every epoch's figures, and the best's."""
     lengths = [len(row.input_ids) for row in rows.train]
     total = options.epochs * math.ceil(len(rows.train) / options.batch_size)
     optimizer, schedule = _optimizer(network, options, steps=total)
@@ -374,7 +368,7 @@ def _fit(
             network.train()
             loss_sum = 0.0
             seed = (options.seed, epoch)
-            for batch in shuffled_batches(lengths, batch_size=options.batch_size, seed=seed):
+            for batch in shuffled_batches(lengths, batch_size=options.batch_size, rng=np.random.default_rng(seed)):
                 inputs = [rows.train[index] for index in batch]
                 loss = _step(network, inputs, pad_token_id, options, optimizer, schedule)
                 loss_sum += loss * len(batch)
@@ -384,7 +378,7 @@ def _fit(
             if best is None or _rank(figures) > _rank(best):
                 best = figures
                 if rows.held and epoch < options.epochs:
-                    weights = copy.deepcopy({key: value.cpu() for key, value in network.state_dict().items()})
+                    weights = {key: value.to("cpu", copy=True) for key, value in network.state_dict().items()}
     assert best is not None
     if best.epoch < options.epochs:
         network.load_state_dict(weights)
@@ -420,8 +414,8 @@ def _optimizer(
 def _compute_precision(options: TeacherOptions, device: torch.device) -> Iterator[None]:
     """How a forward and backward pass computes; the weights and the optimizer are float32 in any case.
 
-    'fast' rounds the inputs of matrix products where the processor has units for that (bfloat16 on a CPU with AMX or
-    AVX512-BF16, TF32 on a GPU) and is as 'float32' elsewhere. 'bfloat16' is autocast.
+    'fast' rounds the inputs of matrix products where the processor has units for that (bfloat16 on a CPU with
+    AMX or AVX512-BF16, TF32 on a GPU) and is as 'float32' elsewhere. 'bfloat16' is autocast.
     """
     fast = options.precision == "fast" and (device.type == "cuda" or _cpu_has_bfloat16())
     before = torch.get_float32_matmul_precision()
@@ -434,7 +428,7 @@ def _compute_precision(options: TeacherOptions, device: torch.device) -> Iterato
 
 
 def _cpu_has_bfloat16() -> bool:
-    # without such units torch would emulate bfloat16, slower than float32; the checks are not yet public in torch
+    # without such units torch would emulate bfloat16, slower than float32; torch has no public check yet
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
 
@@ -456,8 +450,8 @@ def _step(
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise TeacherError(
-            f"the teacher's training broke down at step {schedule.last_epoch + 1}: the loss is {loss.item():.3g}, "
-            f"the gradient's norm {norm.item():.3g}; try a lower --lr than {options.lr:g}"
+            f"the teacher's training broke down at step {schedule.last_epoch + 1}: the loss is "
+            f"{loss.item():.3g}, the gradient's norm {norm.item():.3g}; try a lower --lr than {options.lr:g}"
         )
     optimizer.step()
     optimizer.zero_grad()
@@ -490,7 +484,7 @@ def _score(
     return EpochFigures(epoch, train_loss, loss / len(rows), right / len(rows))
 
 
-# -------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 
 def _configuration(corpus: Corpus, folder: Path, options: TeacherOptions, validation: Corpus | None) -> dict[str, Any]:
@@ -554,18 +548,22 @@ def _renamed_last(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not."""
     from safetensors import SafetensorError
 
-    unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
+    unfinished = out.parent / f".{out.name}.unfinished"
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for path in [*unfinished.iterdir(), unfinished]:
-            sync(path)
-        if out.exists():
-            out.rmdir()  # empty, or this fails and says so
-        unfinished.rename(out)
-        sync(out.parent)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with lock(unfinished):  # a folder that a killed training left is free again, one in use is not
+            try:
+                for path in unfinished.iterdir():
+                    path.unlink()
+                yield unfinished
+                for path in [*unfinished.iterdir(), unfinished]:
+                    sync(path)
+                if out.exists():
+                    out.rmdir()  # empty, or this fails and says so
+                unfinished.rename(out)
+                sync(out.parent)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TeacherError(f"the teacher could not be written to {out}: {reason}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

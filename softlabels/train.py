@@ -62,7 +62,7 @@ def train_student(
     """
     started = time.monotonic()
     out = Path(out)
-    check_student(options.student)
+    check_options(options)
     objective = build_objective(options.losses, options.temperature)
     cache.require(objective.fields(), why=f"loss '{_first_soft(objective)}'")
     rows = _teaching_rows(cache, objective)
@@ -102,6 +102,15 @@ def train_student(
     )
 
 
+def check_options(options: StudentOptions) -> None:
+    """StudentError or ConfigError for what no cache could make possible."""
+    if check_student(options.student) == LINEAR and set(options.losses) not in ({"mse_logits"}, {"ce"}):
+        raise ConfigError(
+            f"the linear student is a regression on the teacher's logits (--loss mse_logits) or on the labels "
+            f"(--loss ce), one of them alone; not {', '.join(sorted(options.losses))}"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -126,11 +135,7 @@ def _train_epoch(
         batch = cache.tokens(rows).to(tools.accelerator.device)
         teacher = cache.signals(rows, fields).to(tools.accelerator.device)
         loss, parts = objective(_forward(student, batch), teacher, progress=state.step / max(tools.steps - 1, 1))
-        if not torch.isfinite(loss):
-            raise StudentError(
-                f"the loss became {loss.item()} in epoch {state.epoch + 1}, step {state.step}: give a smaller "
-                f"--lr than {options.lr}"
-            )
+        _refuse_divergence(loss, "the loss", options, state)
         tools.accelerator.backward(loss)
         tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
         tools.optimizer.step()
@@ -141,7 +146,18 @@ def _train_epoch(
         state.step += 1
         total += figures["loss"]
         update(1, loss=figures["loss"])
+    weights = torch.stack([parameter.detach().float().sum() for parameter in student.parameters()])
+    _refuse_divergence(weights, "the student's weights", options, state)  # the last step's loss came before it
     return total / len(batches)
+
+
+def _refuse_divergence(values: torch.Tensor, what: str, options: StudentOptions, state: Progress) -> None:
+    if not torch.isfinite(values).all():
+        number = values[~torch.isfinite(values)].flatten()[0].item()
+        raise StudentError(
+            f"{what} became {number} in epoch {state.epoch + 1}, step {state.step}: give a smaller --lr than "
+            f"{options.lr:g}"
+        )
 
 
 def _forward(student: PreTrainedModel, batch: TokenBatch) -> Signals:
@@ -182,6 +198,7 @@ def _train_network(
             began = time.monotonic()
             loss = _train_epoch(student, cache, objective, options, split, tools=tools, state=state, update=update)
             scores = _validate(student, cache, objective, split, device=tools.accelerator.device)
+            _refuse_divergence(torch.tensor(scores.get("loss", 0.0)), "the validation loss", options, state)
             state.epoch += 1
             state.history.append({"epoch": state.epoch, "train/loss": loss, **scores})
             tools.accelerator.log(scores, step=state.step)
@@ -267,6 +284,8 @@ def _first_soft(objective: Objective) -> str:
 
 
 def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
+    if cache.rows < 2:
+        raise CacheError(f"cache {cache.path} has one row only: there is nothing to learn from it. Dump more rows")
     labelled = np.flatnonzero(cache.labels != NO_LABEL)
     if objective.needs_labels and not len(labelled):
         raise CacheError(
@@ -349,15 +368,9 @@ def _train_linear(
     cache: Cache, objective: Objective, options: StudentOptions, split: _Split, *, out: Path, cpu: bool
 ) -> _Outcome:
     """TF-IDF and a linear model on the texts of the cache: on the teacher's logits, or on the labels."""
-    names = set(objective.weights)
-    if names not in ({"mse_logits"}, {"ce"}):
-        raise ConfigError(
-            f"the linear student is a regression on the teacher's logits (--loss mse_logits) or on the labels "
-            f"(--loss ce), one of them alone; not {', '.join(sorted(names))}"
-        )
     began = time.monotonic()
     texts = cache.texts()
-    soft = names == {"mse_logits"}
+    soft = objective.needs_teacher
     student = fit_linear(
         [texts[row][0] for row in split.train],
         num_labels=len(cache.label_names),

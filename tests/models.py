@@ -1,16 +1,18 @@
 """Small real models and tokenizers for tests: made in a moment, saved and loaded like any pretrained one.
 
-`TEXTS` are sentences of three classes that a tiny model can learn; `save_teacher` writes a whole teacher's folder.
+`TEXTS` are sentences of three classes that a tiny model can learn; `save_teacher` writes a teacher's folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -108,43 +110,26 @@ def tiny_tokenizer(
     vocab_size: int = 600,
     max_length: int = 64,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on `texts` (by default TEXTS).
+    """A tokenizer whose vocabulary is the characters and frequent words of `texts` (by default TEXTS).
 
-    'wordpiece' is shaped like BERT's: [CLS] text [SEP] pair [SEP], with token types. 'bpe' is shaped like GPT-2's:
-    bytes, no special token but <|endoftext|>, and no pad token.
+    'wordpiece' is shaped like BERT's: [CLS] text [SEP] pair [SEP], with token types. 'bpe' is shaped like
+    GPT-2's: bytes, no special token but <|endoftext|>, and no pad token. The same texts give the same
+    tokenizer, which the trainers of `tokenizers` do not promise.
     """
     lines = [text for text, _ in TEXTS] if texts is None else list(texts)
     if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(
-            lines,
-            trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                special_tokens=["<|endoftext|>"],
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            ),
-        )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token="<|endoftext|>",
-            eos_token="<|endoftext|>",
-            model_max_length=max_length,
-            model_input_names=["input_ids", "attention_mask"],
-        )
+        return _byte_tokenizer(lines, vocab_size=vocab_size, max_length=max_length)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = _frequent(piece for line in lines for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    letters = sorted({*string.ascii_lowercase, *string.digits, *"".join(words)})
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {piece: index for index, piece in enumerate(list(dict.fromkeys(pieces))[:vocab_size])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        lines, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    )
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
-    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -155,6 +140,34 @@ def tiny_tokenizer(
         model_max_length=max_length,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def _byte_tokenizer(lines: list[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Bytes that merge to the frequent words from their left end: 's' + 'n', 'sn' + 'o', 'sno' + 'w'."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = dict.fromkeys(["<|endoftext|>", *sorted(splitter.alphabet())])
+    merges: dict[tuple[str, str], None] = {}
+    for word in _frequent(piece for line in lines for piece, _ in splitter.pre_tokenize_str(line)):
+        for end in range(1, len(word)):
+            if len(pieces) < vocab_size:
+                merges[word[:end], word[end]] = None
+                pieces[word[: end + 1]] = None
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, list(merges)))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _frequent(words: Iterable[str]) -> list[str]:
+    """The distinct words, the most frequent first; of equals in the order of the alphabet."""
+    counts = Counter(words)
+    return sorted(counts, key=lambda word: (-counts[word], word))
 
 
 def tiny_classifier(
@@ -169,7 +182,8 @@ def tiny_classifier(
 ) -> BertForSequenceClassification:
     """A BERT classifier for `tokenizer`, in eval mode, its weights drawn from `seed`.
 
-    The classes are called `label_names`: by default LABEL_NAMES where there are three, else LABEL_0, LABEL_1, …
+    The classes are called `label_names`: by default LABEL_NAMES where there are three, else LABEL_0, LABEL_1,
+    …
     """
     if label_names is None:
         label_names = LABEL_NAMES if num_labels == 3 else [f"LABEL_{index}" for index in range(num_labels)]
@@ -191,9 +205,14 @@ def tiny_classifier(
 
 
 def tiny_gpt2(
-    tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 3, layers: int = 2, hidden: int = 32, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    num_labels: int = 3,
+    layers: int = 2,
+    hidden: int = 32,
+    seed: int = 0,
 ) -> GPT2ForSequenceClassification:
-    """A GPT-2 classifier for a 'bpe' tokenizer, in eval mode; its config names no pad token, as the real one's."""
+    """A GPT-2 classifier for a 'bpe' tokenizer, in eval mode, its config without a pad token like GPT-2's."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=hidden,
@@ -201,7 +220,7 @@ def tiny_gpt2(
         n_head=4,
         n_positions=tokenizer.model_max_length,
         initializer_range=0.1,
-        num_labels=num_labels,
+        id2label={index: f"LABEL_{index}" for index in range(num_labels)},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -229,7 +248,7 @@ def save_teacher(
     seed: int = 0,
     max_length: int = 64,
 ) -> Path:
-    """Write a whole teacher's folder (untrained, but complete: head, tokenizer, label names) and return it."""
+    """Write a teacher's folder (untrained, but complete: head, tokenizer, label names) and return it."""
     tokenizer = tiny_tokenizer(texts, max_length=max_length)
     model = tiny_classifier(
         tokenizer,

@@ -216,15 +216,15 @@ def test_the_hubs_local_cache_comes_before_the_network(folder, tmp_path):
         def refuse(*args, **options):
             raise SystemExit("the network was asked")
         socket.getaddrinfo = refuse
-        from softlabels.teacher import load_teacher
-        print(load_teacher("somebody/classifier").weights_hash)
+        from softlabels.pretrained import hash_weights, resolve_pretrained
+        print(hash_weights(resolve_pretrained("somebody/classifier")))
         """,
         HF_HUB_CACHE=str(tmp_path / "hub"),
     )
     assert done.stdout.split() == [hash_weights(folder)], done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_text(tmp_path):
@@ -257,7 +257,7 @@ def test_the_tokenizer_forgets_how_it_was_saved(folder):
     assert again["truncation"] is None and again["padding"] is None
 
 
-# ---------------------------------------------------------------------------------------------------------- MiniLM
+# ----------------------------------------------------------------------------------------------------- MiniLM
 
 
 def fake_wheel(place: Path, model: Path) -> None:

@@ -1,0 +1,9 @@
+"""What holds for every test: threads that wait sleep (several test runs may share a machine), and no hub is asked."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
