@@ -237,7 +237,7 @@ def test_help_and_usage_errors_are_light_and_every_help_has_an_example() -> None
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--loss", "kl=nan"],
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--option", "layers"],
         ["train-teacher", "train.csv", "--model", "base", "--out", "x", "--lr", "nan"],
-        ["dump", "train.csv", "--teacher", "t", "--out", "x", "--codec", "int8"],
+        ["dump", "train.csv", "--teacher", "t", "--out", "x", "--dtype", "float8"],
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--rows", "0"],
         ["run", "no-such-recipe"],
         ["run", "quickstart", "--set", "studnets.0.lr=1"],
@@ -583,7 +583,8 @@ def foreign(place: Path) -> Iterator[Path]:
     for name in ("cache", "teacher", "base", "bilstm"):
         shutil.copytree(place / name, folder / name)
     shutil.copy(place / "test.csv", folder)
-    shutil.copy(place / "test.csv", folder / "secret.csv").chmod(0)
+    shutil.copy(place / "test.csv", folder / "secret.csv")
+    (folder / "secret.csv").chmod(0)
     (folder / "cache" / "logits" / "00000.arrow").chmod(0)
     folder.chmod(0o555)
     root = os.geteuid() == 0

@@ -275,7 +275,7 @@ def test_one_file_for_everything_and_another_to_test_on(place: Path, tmp_path: P
     assert _guarded([*arguments, "--json"], debug=False) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["cache_rows"] == 40 and json.loads(out)["skipped"] == 0
-    assert [line for line in err.splitlines() if line.endswith("…")][0] == "teacher …"
+    assert next(line for line in err.splitlines() if line.endswith("…")) == "teacher …"
     assert _guarded([*arguments, "--set", "students.linear.seeds=[0, 1]"], debug=False) == 0
     out, err = capsys.readouterr()
     assert "linear (2 seeds)" in out and err.splitlines() == [
