@@ -34,7 +34,7 @@ from softlabels.teacher import TeacherOptions, train_teacher
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 from tests.processes import PATIENCE, ROOT, Finished, Launcher, command, environment, softlabels
 
-COMMANDS = ["demo", "run", "train-teacher", "dump", "info", "train-student", "evaluate", "predict"]
+COMMANDS = ["demo", "run", "train-teacher", "dump", "import", "info", "train-student", "evaluate", "predict"]
 SMALL = ["--option", "embedding_dim=16", "--option", "hidden_size=12", "--option", "fc_size=10"]
 BILSTM = ["--student", "bilstm", *SMALL, "--epochs", "2", "--cpu"]
 TINY = ["--student", "transformer", "--option", "layers=1", "--option", "hidden_size=16", "--epochs", "2", "--cpu"]
@@ -237,7 +237,11 @@ def test_help_and_usage_errors_are_light_and_every_help_has_an_example() -> None
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--loss", "kl=nan"],
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--option", "layers"],
         ["train-teacher", "train.csv", "--model", "base", "--out", "x", "--lr", "nan"],
+<<<<<<< HEAD
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--dtype", "float8"],
+=======
+        ["dump", "train.csv", "--teacher", "t", "--out", "x", "--codec", "int4"],
+>>>>>>> codec
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--rows", "0"],
         ["run", "no-such-recipe"],
         ["run", "quickstart", "--set", "studnets.0.lr=1"],
