@@ -237,11 +237,8 @@ def test_help_and_usage_errors_are_light_and_every_help_has_an_example() -> None
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--loss", "kl=nan"],
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--option", "layers"],
         ["train-teacher", "train.csv", "--model", "base", "--out", "x", "--lr", "nan"],
-<<<<<<< HEAD
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--dtype", "float8"],
-=======
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--codec", "int4"],
->>>>>>> codec
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--rows", "0"],
         ["run", "no-such-recipe"],
         ["run", "quickstart", "--set", "studnets.0.lr=1"],
