@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import io
@@ -11,9 +12,11 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -669,16 +672,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a sign is no reason to stop
-    try:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _OnInterrupt())
+    code = 130
+    with contextlib.suppress(KeyboardInterrupt):  # another one, while the first was being told
         code = _guarded([word for word in given if word != "--debug"], debug=debug)
-    except KeyboardInterrupt:  # again, while the first one was being told
-        code = 130
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: it would only garble the end
     gc.freeze()  # nor to collect: Python would search torch's objects for most of a second
     sys.exit(code)
 
 
+class _OnInterrupt:
+    """What a Ctrl-C does. One pressed again at once is the same one: it would only hurt the tidying up."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        before, self.last = self.last, time.monotonic()
+        if self.last - before > 1:
+            raise KeyboardInterrupt
+
+
 def _guarded(arguments: list[str], *, debug: bool) -> int:
+    """The exit code of a command line; whatever stopped it is told on stderr."""
     try:
         command = typer.main.get_command(app)
         # not app(arguments): that answers a Ctrl-C and a closed pipe itself, in its own ways
@@ -687,39 +704,48 @@ def _guarded(arguments: list[str], *, debug: bool) -> int:
         if sys.stdout is not None:  # closed by whoever started this process
             sys.stdout.flush()
         return 0
-    except TyperException as error:  # wrong usage
-        path = getattr(getattr(error, "ctx", None), "command_path", "softlabels")
-        _say(f"error: {error.format_message()}\n`{path} --help` shows what it takes")
-        return 2
     except typer.Exit as leaving:
         return leaving.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _say(
-            "\nstopped. What was committed is kept: give the same command again to go on (train-student: with --resume)"
-        )
-        return 130
-    except SoftlabelsError as error:
-        if debug:
-            raise
-        _say(f"error: {error}")
-        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if _is_interrupt(error):
+            _say(
+                "\nstopped. What was committed is kept: give the same command again to go on "
+                "(train-student: with --resume)"
+            )
+            return 130
+        if debug and not isinstance(error, TyperException):
             raise
-        _say(f"error: {_system_fault(error)}")
+        fault = _user_fault(error)
+        if fault is None:
+            _say(f"error: {type(error).__name__}: {error}\nThis is a fault of softlabels itself; --debug shows where")
+            return 1
+        _say(f"error: {fault}")
         return 2
-    except Exception as error:
-        if debug:
-            raise
-        told = re.search(r"\(os error (\d+)\)$", str(error))  # how Rust's libraries tell what the system said
-        if told:
-            _say(f"error: {_system_fault(OSError(int(told[1]), os.strerror(int(told[1]))))}")
-            return 2
-        _say(f"error: {type(error).__name__}: {error}\nThis is a fault of softlabels itself; --debug shows where")
-        return 1
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is at the bottom of it: what it cut short may have failed on its way out."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | typer.Abort):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _user_fault(error: BaseException) -> str | None:
+    """What the user did or met, in words; None where softlabels itself is at fault."""
+    if isinstance(error, TyperException):  # wrong usage
+        path = getattr(getattr(error, "ctx", None), "command_path", "softlabels")
+        return f"{error.format_message()}\n`{path} --help` shows what it takes"
+    if isinstance(error, SoftlabelsError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _system_fault(error)
+    told = re.search(r"\(os error (\d+)\)$", str(error))  # how Rust's libraries tell what the system said
+    return _system_fault(OSError(int(told[1]), os.strerror(int(told[1])))) if told else None
 
 
 def _system_fault(error: OSError) -> str:

@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Path:
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, from which `place` is `../place`-like by absolute path; progress is not shown."""
+    """An empty working folder; progress is not shown."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOFTLABELS_QUIET", "1")
     return tmp_path

@@ -294,8 +294,7 @@ class FieldShard:
             join=join,
             clipped=self.clipped,
         )
-        os.close(self.handle)
-        self.handle = -1
+        self._close()
         publish(self.path)
         write_file(self.receipt_path, to_json(receipt))
         return receipt
@@ -304,9 +303,12 @@ class FieldShard:
         """Forget the shard; nothing of it stays."""
         self._waiting = []
         if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+            self._close()
             temporary(self.path).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        handle, self.handle = self.handle, -1  # first, so that a Ctrl-C in between can't have it closed twice
+        os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)
