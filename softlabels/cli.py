@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import io
@@ -675,9 +674,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _OnInterrupt())
     code = 130
-    with contextlib.suppress(KeyboardInterrupt):  # another one, while the first was being told
+    try:
         code = _guarded([word for word in given if word != "--debug"], debug=debug)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: it would only garble the end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # too late to be told
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: it would only garble the end
     gc.freeze()  # nor to collect: Python would search torch's objects for most of a second
     sys.exit(code)
 

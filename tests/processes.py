@@ -41,7 +41,10 @@ for line in sys.stdin:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], resource.RLIM_INFINITY))
         main(request["arguments"])
     print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+    sys.stdin.readline()  # until then the child keeps its number: no other process can get a signal meant for it
+    os.waitpid(child, 0)
 """
 
 
@@ -132,6 +135,7 @@ class Launcher:
         if when is not None:
             _signal(child, when, signals)
         code = int(self._answer())
+        self._server.stdin.write("seen\n")
         return Finished(code, places["out"].read_text(), places["err"].read_text())
 
     def _answer(self) -> str:
