@@ -203,7 +203,7 @@ class _TeacherClock:
 
 
 def _teacher_clock(cache: Cache) -> _TeacherClock | None:
-    """A model of the teacher's shape with random weights; None where it is unknown, too large to build, or needs code."""
+    """A model of the teacher's shape with random weights; None where it is unknown, too large, or needs code."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if not cache.teacher_config():
