@@ -42,6 +42,7 @@ from softlabels.cache.settings import folder_receipt
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
+from softlabels.pretrained import reset_tokenizer
 from softlabels.types import NO_LABEL
 
 
@@ -194,6 +195,7 @@ def build_cache(
         if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
         if not (folder / "tokenizer").is_dir():
+            reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)
         if previous is None or not previous.complete:
             write_file(folder / MANIFEST, to_json(manifest))

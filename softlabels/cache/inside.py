@@ -23,9 +23,8 @@ def open_inside(folder: Path, *names: str) -> int:
     parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in names[:-1]:
-            child = _open_at(parent, name, os.O_DIRECTORY, path)
-            os.close(parent)
-            parent = child
+            above, parent = parent, _open_at(parent, name, os.O_DIRECTORY, path)
+            os.close(above)
         handle = _open_at(parent, names[-1], os.O_NONBLOCK, path)
     finally:
         os.close(parent)
