@@ -26,6 +26,7 @@ from softlabels.cache.format import (
     MANIFEST,
     MANIFEST_LIMIT,
     RECEIPT,
+    RECEIPT_LIMIT,
     FolderReceipt,
     Manifest,
     Receipt,
@@ -34,6 +35,7 @@ from softlabels.cache.format import (
     read_manifest,
     receipt_file,
     shard_file,
+    to_json,
 )
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.members import Members
@@ -115,6 +117,15 @@ def verify_cache(path: str | Path, *, fields: Sequence[str] | None = None, repai
 # ------------------------------------------------------------------------------------------------------- checking
 
 
+@dataclass(slots=True)
+class Sums:
+    """Of a field's receipts."""
+
+    receipts: int = 0
+    truncated: int = 0
+    clipped: int = 0
+
+
 class _Check:
     """One pass over a cache, and what it found."""
 
@@ -124,6 +135,7 @@ class _Check:
         self.fields: list[str] = []
         self.faults: list[Fault] = []
         self.notes: list[str] = []
+        self.sums: dict[str, Sums] = {}
         self.hashed = self.bytes = 0
 
     def fault(
@@ -218,6 +230,7 @@ def _check_shards(check: _Check, manifest: Manifest) -> None:
                 f"{count} shard(s) of {name} have no receipt: they can be read, but a later dump into this cache would "
                 f"write them again"
             )
+    _compare_sums(check, manifest)
     for problem in members.problems():
         check.fault("join", problem, EXAMPLES)
 
@@ -373,6 +386,8 @@ def _compare_receipt(check: _Check, manifest: Manifest, name: str, shard: int, *
     file = _json(name, shard).as_posix()
     try:
         receipt = load_receipt(check.folder, name, shard)
+        if to_json(receipt) != read_inside(check.folder, name, Path(file).name, limit=RECEIPT_LIMIT):
+            raise CacheError(f"{file} is not as it was written")
     except FileNotFoundError:
         return True
     except (CacheError, OSError) as error:
@@ -386,11 +401,27 @@ def _compare_receipt(check: _Check, manifest: Manifest, name: str, shard: int, *
         "xxh3_128": (receipt.xxh3_128, table.hash(shard)),
         "join": (receipt.join, manifest.join[32 * shard : 32 * shard + 32]),
     }
+    sums = check.sums.setdefault(name, Sums())
+    sums.receipts, sums.truncated, sums.clipped = (
+        sums.receipts + 1,
+        sums.truncated + receipt.truncated,
+        sums.clipped + receipt.clipped,
+    )
     differ = [f"{key} {said} and not {wanted}" for key, (said, wanted) in facts.items() if said != wanted]
     if differ:
         # the file of a shard that is whole proves the receipt wrong; else the shard goes anyway
         check.fault("receipt", f"{file} says {', '.join(differ)}", name, shard, remove=[file] if whole else [])
     return False
+
+
+def _compare_sums(check: _Check, manifest: Manifest) -> None:
+    """What the manifest has only the sum of, where all receipts are there."""
+    for name, sums in check.sums.items():
+        if sums.receipts == len(manifest.shard_rows):
+            truncated = manifest.corpus.truncated if name == EXAMPLES else 0
+            if (sums.truncated, sums.clipped) != (truncated, manifest.shards[name].clipped):
+                message = f"the receipts of {name} count other truncated rows or clipped values than {MANIFEST}"
+                check.fault("receipt", message, name)
 
 
 def _look_inside(check: _Check, manifest: Manifest, name: str, shard: int, members: Members) -> None:
