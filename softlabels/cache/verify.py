@@ -10,6 +10,8 @@ Where they are there, they must agree with the manifest.
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -330,21 +332,17 @@ def _judge(check: _Check, manifest: Manifest, name: str, shard: int, found: _Fou
         message = f"{file} is as its receipt says, but {MANIFEST} says otherwise: one of the two is of another cache"
         check.fault("foreign", message, name, shard, remove=_files(name, shard))
         return False
-    other = _whose(manifest, found)
+    other, says = _whose(manifest, found), _says(check.folder, name, shard)
+    kind: Kind = "changed"
+    message = f"{file} is not what was written: bits of it have changed, or it is of another cache"
     if other is not None:
-        message = f"{file} has the bytes of {_arrow(*other).as_posix()}: files were swapped or copied"
-        check.fault("swapped", message, name, shard, remove=_files(name, shard))
+        kind, message = "swapped", f"{file} has the bytes of {_arrow(*other).as_posix()}: files were swapped or copied"
+    elif says is not None and says != (name, shard):
+        kind = "foreign"
+        message = f"{file} says of itself that it is shard {says[1]} of {says[0]}: it is of another cache"
     elif found.bytes != wanted:
-        message = f"{file} has {found.bytes:,} bytes instead of {wanted:,}"
-        check.fault("cut", message, name, shard, remove=_files(name, shard))
-    else:
-        says = _says(check.folder, name, shard)
-        if says is not None and says != (name, shard):
-            message = f"{file} says of itself that it is shard {says[1]} of {says[0]}: it is of another cache"
-            check.fault("foreign", message, name, shard, remove=_files(name, shard))
-        else:
-            message = f"{file} is not what was written: bits of it have changed, or it is of another cache"
-            check.fault("changed", message, name, shard, remove=_files(name, shard))
+        kind, message = "cut", f"{file} has {found.bytes:,} bytes instead of {wanted:,}"
+    check.fault(kind, message, name, shard, remove=_files(name, shard))
     return False
 
 
@@ -361,8 +359,6 @@ def _whose(manifest: Manifest, found: _Found) -> tuple[str, int] | None:
 
 def _says(folder: Path, name: str, shard: int) -> tuple[str, int] | None:
     """What the file's own metadata call it, read from its first bytes; None where they can't be told."""
-    import re
-
     with suppress(CacheError, OSError):
         handle = open_inside(folder, name, _arrow(name, shard).name)
         try:
@@ -480,8 +476,6 @@ def _some(names: Sequence[str]) -> str:
 
 def _repair(check: _Check) -> list[str]:
     """Remove what is proven bad and mark the cache unfinished; what was removed, by paths inside the cache."""
-    import shutil
-
     if check.manifest is None or not check.faults:
         return []
     removed = []
