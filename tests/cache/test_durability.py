@@ -249,7 +249,7 @@ class Small:
         try:
             for row, length in enumerate(tokens.tolist()):
                 shape = (1, 2) if spec.kind == "row" else (1, length, 4)
-                writer.write(np.array([row]), torch.arange(np.prod(shape)).reshape(shape) / 7 + shard, ids=["x"])
+                writer.write(np.array([row]), torch.arange(int(np.prod(shape))).reshape(shape) / 7 + shard, ids=["x"])
             writer.commit(join_hash(rows))
         finally:
             writer.discard()
