@@ -144,13 +144,12 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", place], capture_output=True)
     if made.returncode:
         pytest.skip(f"no small disk can be mounted here: {made.stderr.decode().strip()}")
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True, capture_output=True)
+
     try:
-        yield (
-            lambda size: (
-                subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True, capture_output=True)
-                and None
-            )
-        )
+        yield resize
     finally:
         subprocess.run(["umount", "-l", place], check=True)
 
