@@ -278,7 +278,11 @@ except CacheError as error:
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_file_that_shrinks_under_the_reader_is_told(cache: Path, name: str, size: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SHRINK, str(cache), name, str(size)], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", SHRINK, str(cache), name, str(size)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0 and done.stdout.startswith("told:"), (done.returncode, done.stderr[-2000:])
 
