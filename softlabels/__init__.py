@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import StudentOptions as StudentOptions
     from softlabels.config import read_recipe as read_recipe
+    from softlabels.corpus import read_column as read_column
     from softlabels.corpus import read_corpus as read_corpus
     from softlabels.dump import dump as dump
     from softlabels.errors import SoftlabelsError as SoftlabelsError

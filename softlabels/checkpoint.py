@@ -50,6 +50,7 @@ def run_folder(out: Path, configuration: dict[str, Any], *, resume: bool) -> Ite
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
         if (out / "run.json").exists():
+            drop_checkpoint(out)  # a kill came after the run was whole
             raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
         strangers = (
             {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)} - _TRACES - {_CHECKPOINT}
@@ -103,10 +104,11 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
         RuntimeError,
         SafetensorError,
     ) as error:  # torch and safetensors tell a full disk in their own ways
+        free = shutil.disk_usage(out).free / 1e6  # tells a full disk from any other fault
         shutil.rmtree(draft, ignore_errors=True)
-        kept = f"The one of epoch {state.epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
+        kept = f" The one of epoch {state.epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
         raise StudentError(
-            f"the checkpoint of epoch {state.epoch} can't be written to {out} ({_free(out)}): {error}. {kept}".rstrip()
+            f"the checkpoint of epoch {state.epoch} can't be written to {out} ({free:,.1f} MB free): {error}.{kept}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
@@ -114,11 +116,6 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
     draft.rename(place)
     sync_folder(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _free(folder: Path) -> str:
-    """'120 MB free', which tells a full disk from any other fault."""
-    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
 
 
 def restore(out: Path, accelerator: Accelerator) -> Progress:

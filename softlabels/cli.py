@@ -679,8 +679,6 @@ def _recipe_table(result) -> str:
         ]
         for row in result.rows
     ]
-    typical = sorted(row.train_seconds for row in result.rows)[len(result.rows) // 2]
-    cheapest = f"{result.teacher_seconds / typical:.0f}" if typical > 0 else "many"
     speed = (
         "the teacher can't be timed on this machine"
         if result.teacher_ms is None
@@ -689,10 +687,20 @@ def _recipe_table(result) -> str:
     return (
         f"{_columns(head, rows)}\n\n"
         f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
-        f"{speed}.\n"
-        f"The first experiment paid for the teacher, {result.teacher_seconds:.0f} s once: fine-tuning, and one pass "
-        f"over {result.cache_rows:,} rows into {_size(result.cache_bytes)} of cache. Every further one costs only a "
-        f"student's own training, {typical:.1f} s for the median student: {cheapest} times less."
+        f"{speed}.\n{_cost_line(result)}"
+    )
+
+
+def _cost_line(result) -> str:
+    """What the second experiment cost against the first."""
+    typical = max(sorted(row.train_seconds for row in result.rows)[len(result.rows) // 2], 1e-3)
+    least = min(result.rows, key=lambda row: row.train_seconds)
+    first = result.teacher_seconds + typical
+    return (
+        f"The first experiment cost {first:.0f} s, {result.teacher_seconds:.0f} s of it for the teacher, paid once "
+        f"(its training, and one pass over {result.cache_rows:,} rows into {_size(result.cache_bytes)} of cache); the "
+        f"second {typical:.0f} s, {first / typical:.1f} times less (the median student; {least.student}: "
+        f"{least.train_seconds:.1f} s)."
     )
 
 
@@ -723,10 +731,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _guarded(arguments: list[str], *, debug: bool) -> int:
     try:
-        code = app(arguments, standalone_mode=False, prog_name="softlabels")
+        command = typer.main.get_command(app)
+        # not app(arguments): that answers a Ctrl-C and a closed pipe itself, in its own ways
+        with command.make_context("softlabels", list(arguments)) as context:
+            command.invoke(context)
         if sys.stdout is not None:  # closed by whoever started this process
             sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
     except TyperException as error:  # wrong usage
         path = getattr(getattr(error, "ctx", None), "command_path", "softlabels")
         _say(f"error: {error.format_message()}\n`{path} --help` shows what it takes")

@@ -228,7 +228,10 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{chosen}' is asked for, but there is no GPU that torch can use: give 'cpu'")
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------------ train

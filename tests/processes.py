@@ -85,7 +85,7 @@ class Launcher:
     """Starts commands without importing anything again; one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder  # of the files that a child reads and writes: in, out and err
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER],
             env=environment(),
@@ -116,7 +116,7 @@ class Launcher:
 
         `out` is where standard output goes instead of to the result; no file may become larger than `largest_file`.
         """
-        places = {name: self._folder / name for name in ("in", "out", "err")}
+        places = {name: self.folder / name for name in ("in", "out", "err")}
         for name, place in places.items():
             place.write_text(given if name == "in" else "")
         request = {

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,12 +24,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from softlabels.cache.files import lock
 from softlabels.cli import _guarded
+from softlabels.corpus import read_corpus
+from softlabels.dump import dump
+from softlabels.errors import ConfigError
 from softlabels.runs import read_record
+from softlabels.teacher import TeacherOptions, train_teacher
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 from tests.processes import PATIENCE, ROOT, Finished, Launcher, command, environment, softlabels
 
-COMMANDS = ["demo", "run", "train-teacher", "dump", "info", "train-student", "evaluate", "predict"]
+COMMANDS = ["demo", "run", "train-teacher", "dump", "import", "info", "train-student", "evaluate", "predict"]
 SMALL = ["--option", "embedding_dim=16", "--option", "hidden_size=12", "--option", "fc_size=10"]
 BILSTM = ["--student", "bilstm", *SMALL, "--epochs", "2", "--cpu"]
 TINY = ["--student", "transformer", "--option", "layers=1", "--option", "hidden_size=16", "--epochs", "2", "--cpu"]
@@ -233,7 +237,7 @@ def test_help_and_usage_errors_are_light_and_every_help_has_an_example() -> None
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--loss", "kl=nan"],
         ["train-student", "cache", "--student", "bilstm", "--out", "x", "--option", "layers"],
         ["train-teacher", "train.csv", "--model", "base", "--out", "x", "--lr", "nan"],
-        ["dump", "train.csv", "--teacher", "t", "--out", "x", "--codec", "int8"],
+        ["dump", "train.csv", "--teacher", "t", "--out", "x", "--codec", "int4"],
         ["dump", "train.csv", "--teacher", "t", "--out", "x", "--rows", "0"],
         ["run", "no-such-recipe"],
         ["run", "quickstart", "--set", "studnets.0.lr=1"],
@@ -263,31 +267,30 @@ def test_usage_errors_say_what_and_where(refuse: Callable[..., None]) -> None:
     refuse("run", "quikstart", told="no recipe 'quikstart'.* Did you mean 'quickstart'")
 
 
-def test_debug_shows_where_and_the_exit_codes_are_those_of_the_process(tmp_path: Path) -> None:
-    done = softlabels("info", "nowhere", cwd=tmp_path)
+def test_debug_shows_where_and_the_exit_codes_are_those_of_the_process(tmp_path: Path, launcher: Launcher) -> None:
+    done = launcher.run("info", "nowhere", cwd=tmp_path)
     assert (done.code, done.out) == (2, "") and done.err.startswith("error: no cache at nowhere")
-    done = softlabels("--debug", "info", "nowhere", cwd=tmp_path)
+    done = launcher.run("--debug", "info", "nowhere", cwd=tmp_path)
     assert done.code == 1 and "Traceback" in done.err and "CacheError" in done.err
-    assert softlabels("--version", cwd=tmp_path).code == 0
+    assert launcher.run("--version", cwd=tmp_path).out.startswith("softlabels ")
 
 
-def test_standard_streams_that_are_closed_full_or_narrow(place: Path) -> None:
-    line = " ".join(command("info", "cache"))
-
+def test_standard_streams_that_are_closed_full_or_narrow(place: Path, launcher: Launcher) -> None:
     def shell(script: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", "-c", script], cwd=place, env=environment(), capture_output=True, text=True, timeout=PATIENCE
         )
 
-    done = shell(f"{line} >/dev/full")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "disk is full" in done.stderr
-    done = shell(f"{line} >&-")
+    for arguments in (["info", "cache"], ["info", "cache", "--json"], ["--help"]):
+        full = launcher.run(*arguments, cwd=place, out="/dev/full")
+        assert full.code == 2 and full.err.count("\n") == 1 and "disk is full" in full.err
+    done = shell(f"{' '.join(command('--version'))} >&-")
     assert (done.returncode, done.stderr) == (0, "")
-    done = shell(f"set -o pipefail; {line} | true")
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    done = shell(f"{' '.join(command('--help'))} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, "")
     done = shell(f"{' '.join(command('predict', 'bilstm', '-'))} <&-")
     assert done.returncode == 2 and "no standard input" in done.stderr and "Traceback" not in done.stderr
-    done = shell(f"PYTHONIOENCODING=ascii {' '.join(command('predict', 'bilstm', '天气'))}")
+    done = shell(f"PYTHONIOENCODING=latin-1 {' '.join(command('predict', 'bilstm', '天气'))}")
     assert done.returncode == 0 and r"\u5929\u6c14" in done.stdout, done.stderr
 
 
@@ -351,7 +354,7 @@ def test_too_few_rows_or_classes(place: Path, here: Path, refuse: Callable[..., 
 
 def test_labels_the_teacher_does_not_know(place: Path, here: Path, refuse: Callable[..., None]) -> None:
     write_csv(here / "hockey.csv", [("soup", "food"), ("a puck", "hockey"), ("ice", "hockey")])
-    told = r"does not know 'hockey' of 2 rows .*it knows food, sport, weather"
+    told = r"does not know labels? 'hockey' of 2 rows .*it knows food, sport, weather"
     refuse("dump", "hockey.csv", "--teacher", place / "teacher", "--out", "cache", told=told)
     refuse("evaluate", place / "bilstm", "hockey.csv", told=told)
     refuse("train-student", place / "cache", *BILSTM, "--out", "run", "--eval", "hockey.csv", told=told)
@@ -401,6 +404,19 @@ def test_what_is_no_teacher(place: Path, here: Path, refuse: Any) -> None:
     refuse(*train, "--teacher", place / "teacher", "--capture", "hiden:1", told="Did you mean 'hidden'")
     refuse(*train, "--teacher", place / "teacher", "--max-length", 1000, told="at most 64")
     refuse(*("train-teacher", place / "test.csv", "--model", place / "train.csv", "--out", "teacher"), told="is a file")
+    assert not any(here.iterdir())
+
+
+def test_a_gpu_where_there_is_none(place: Path, here: Path) -> None:
+    """The command line never asks for one by name; a caller of the library may."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    corpus = read_corpus(place / "test.csv")
+    with pytest.raises(ConfigError, match="no GPU that torch can use"):
+        dump(corpus, teacher=str(place / "teacher"), out=here / "cache", device="cuda")
+    options = TeacherOptions(device="cuda")
+    with pytest.raises(ConfigError, match="no GPU that torch can use"):
+        train_teacher(corpus, model=str(place / "base"), out=here / "teacher", options=options)
     assert not any(here.iterdir())
 
 
@@ -501,21 +517,15 @@ def test_an_unfinished_run_of_another_configuration(place: Path, here: Path, lau
 
 
 def test_a_folder_that_another_process_writes(place: Path, here: Path, refuse: Any) -> None:
-    from softlabels.cache.files import lock
-
-    for name in ("cache", "run"):
-        Path(name).mkdir()
-        with lock(Path(name)):
-            if name == "cache":
-                refuse(
-                    *("dump", place / "train.csv", "--teacher", place / "teacher", "--out", name),
-                    told="being written by another process",
-                )
-            else:
-                refuse(
-                    *("train-student", place / "cache", *BILSTM, "--out", name),
-                    told="being written by another process",
-                )
+    Path("out").mkdir()
+    with lock(Path("out")):
+        for arguments in (
+            ["dump", place / "train.csv", "--teacher", place / "teacher"],
+            ["train-student", place / "cache", *BILSTM],
+            ["run", "quickstart", "--set", f"corpus.source={place / 'train.csv'}"],
+        ):
+            refuse(*arguments, "--out", "out", told="out is being written by another process")
+    assert not any(Path("out").iterdir())
 
 
 def test_what_is_no_run(place: Path, here: Path, refuse: Any) -> None:
@@ -552,7 +562,7 @@ def test_texts_to_predict(place: Path, here: Path, launcher: Launcher, refuse: A
     def predict(given: str) -> list[str]:
         done = launcher.run("predict", place / "bilstm", "-", "--json", cwd=here, given=given)
         assert done.code == 0, done.err
-        return [json.loads(line)["text"] for line in done.out.splitlines()]
+        return [json.loads(line)["text"] for line in done.out.removesuffix("\n").split("\n")]
 
     assert predict("rain\r\na\u2028goal\x0b\n\ufeffsoup") == ["rain", "a\u2028goal\x0b", "\ufeffsoup"]
     assert predict("\ufeffrain\n") == ["rain"]  # the mark with which some editors begin a file
@@ -608,15 +618,24 @@ def finish_dump(launcher: Launcher, place: Path, out: Path, **limits: Any) -> Fi
 def tidy(done: Finished, *, told: str) -> bool:
     """One message, exit code 2, and no traceback."""
     assert done.code == 2 and done.out == "" and "Traceback" not in done.err, done
-    assert done.err.count("error:") == 1 and re.search(told, done.err), done.err
+    assert len(re.findall("^error:", done.err, re.M)) == 1 and re.search(told, done.err), done.err
     return True
+
+
+@pytest.fixture(scope="module")
+def whole_dump(launcher: Launcher, place: Path) -> dict[str, str]:
+    """What `finish_dump` leaves when nothing goes wrong."""
+    assert finish_dump(launcher, place, place / "whole").code == 0
+    return contents(place / "whole")
 
 
 FULL = "disk is full|larger than is allowed|No space left|File too large"
 
 
-@pytest.mark.parametrize("most", [300, 3000, 9000])
-def test_files_that_may_not_grow(place: Path, tmp_path: Path, launcher: Launcher, most: int) -> None:
+@pytest.mark.parametrize("most", [300, 3000, 5000])
+def test_files_that_may_not_grow(
+    place: Path, tmp_path: Path, launcher: Launcher, whole_dump: dict[str, str], most: int
+) -> None:
     """The system refuses to write on, wherever that is; with room again the same commands finish."""
     assert tidy(finish_dump(launcher, place, tmp_path / "cache", largest_file=most), told=FULL)
     assert finish_dump(launcher, place, tmp_path / "cache").code == 0
@@ -627,14 +646,8 @@ def test_files_that_may_not_grow(place: Path, tmp_path: Path, launcher: Launcher
     teach = ["train-teacher", place / "test.csv", "--model", place / "base", "--out", tmp_path / "t", "--epochs", 1]
     assert tidy(launcher.run(*teach, "--cpu", cwd=place, largest_file=most), told=FULL)
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "run"}
-    assert contents(tmp_path / "cache") == whole_dump(launcher, place)
+    assert contents(tmp_path / "cache") == whole_dump
     assert read_record(tmp_path / "run").files == read_record(place / "bilstm").files
-
-
-def whole_dump(launcher: Launcher, place: Path) -> dict[str, str]:
-    """What `finish_dump` leaves when nothing goes wrong."""
-    assert finish_dump(launcher, place, place / "whole").code == 0
-    return contents(place / "whole")
 
 
 @pytest.fixture
@@ -657,22 +670,25 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_full_disk_loses_nothing(
-    place: Path, tmp_path: Path, launcher: Launcher, small_disk: Callable[[str], Path]
+    place: Path,
+    launcher: Launcher,
+    whole_dump: dict[str, str],
+    small_disk: Callable[[str], Path],
 ) -> None:
-    disk = small_disk("300k")
-    (disk / "ballast").write_bytes(bytes(150_000))
+    disk = small_disk("1000k")
+    (disk / "ballast").write_bytes(bytes(750_000))
     assert tidy(finish_dump(launcher, place, disk / "cache"), told="the disk is full.* make room")
     done = len(list((disk / "cache").glob("logits/*.json")))
     assert done > 0, "nothing was committed before the disk was full"
     (disk / "ballast").unlink()
     again = finish_dump(launcher, place, disk / "cache")
     assert again.code == 0 and re.search(rf"^new rows +{60 - 8 * done}$", again.out, re.M), again
-    assert contents(disk / "cache") == whole_dump(launcher, place)
+    assert contents(disk / "cache") == whole_dump
 
 
-@pytest.mark.parametrize("size", ["40k", "100k", "200k", "500k"])
+@pytest.mark.parametrize("size", ["40k", "120k", "180k", "260k"])
 def test_a_disk_that_fills_while_a_student_is_trained(
-    place: Path, tmp_path: Path, launcher: Launcher, small_disk: Callable[[str], Path], size: str
+    place: Path, launcher: Launcher, small_disk: Callable[[str], Path], size: str
 ) -> None:
     """Also during the second checkpoint, when the first one is there: training goes on from it."""
     disk = small_disk(size)
@@ -694,7 +710,7 @@ def stopped(done: Finished) -> None:
     assert len(re.findall("^stopped. What was committed is kept", done.err, re.M)) == 1, done.err
 
 
-@pytest.mark.parametrize("library", ["_ssl|_hashlib|_json", "numpy", "libtorch", "pyarrow"])
+@pytest.mark.parametrize("library", ["numpy", "libtorch", "pyarrow"])
 def test_ctrl_c_while_libraries_are_imported(place: Path, tmp_path: Path, library: str) -> None:
     process = subprocess.Popen(
         command("dump", place / "train.csv", "--teacher", place / "teacher", "--out", tmp_path / "cache"),
@@ -727,17 +743,19 @@ main()
 
 
 @pytest.mark.parametrize("shards", [0, 1, 4, 7])
-def test_ctrl_c_during_a_dump(place: Path, tmp_path: Path, launcher: Launcher, shards: int) -> None:
+def test_ctrl_c_during_a_dump(
+    place: Path, tmp_path: Path, launcher: Launcher, whole_dump: dict[str, str], shards: int
+) -> None:
     """Pressed again and again, too."""
     out = tmp_path / "cache"
 
     def there() -> bool:
-        return len(list(out.glob("logits/*.json"))) >= shards
+        return out.exists() and len(list(out.glob("logits/*.json"))) >= shards
 
     done = finish_dump(launcher, place, out, when=there, signals=[signal.SIGINT] * (1 + shards))
     stopped(done)
     assert finish_dump(launcher, place, out).code == 0
-    assert contents(out) == whole_dump(launcher, place)
+    assert contents(out) == whole_dump
 
 
 @pytest.mark.parametrize(
@@ -754,7 +772,8 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_student(
         pytest.skip("the training was over before the signal came")
     if number == signal.SIGINT:
         stopped(done)
-    assert launcher.run(*train, cwd=place).code == 0
+    was_whole = (tmp_path / "run" / "run.json").exists()  # the signal came after the last file
+    assert launcher.run(*train, cwd=place).code == (2 if was_whole else 0)
     assert read_record(tmp_path / "run").files == read_record(place / "bilstm").files
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in (place / "bilstm").iterdir()}
 
@@ -773,7 +792,7 @@ def test_ctrl_c_while_a_teacher_is_trained_leaves_nothing_half(place: Path, tmp_
 
 
 def test_ctrl_c_at_the_very_end_does_not_garble_it(place: Path, tmp_path: Path, launcher: Launcher) -> None:
-    written = launcher._folder / "out"
+    written = launcher.folder / "out"
     done = launcher.run(
         "info",
         place / "cache",
@@ -783,8 +802,3 @@ def test_ctrl_c_at_the_very_end_does_not_garble_it(place: Path, tmp_path: Path, 
         signals=[signal.SIGINT] * 3,
     )
     assert done.code in (0, 130) and "Traceback" not in done.err and "Exception" not in done.err
-
-
-def test_limits_are_known_here() -> None:
-    """The file-size limit is what the tests above rely on; where it can't be set they would prove nothing."""
-    assert resource.RLIMIT_FSIZE >= 0

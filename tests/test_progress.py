@@ -89,7 +89,7 @@ def test_on_a_terminal(interrupted):
 
 
 def _read(leader: int) -> str:
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         try:
             piece = os.read(leader, 4096)

@@ -96,7 +96,8 @@ def measure(folder: Path, what: str) -> dict[str, float]:
 
 
 def main() -> None:
-    shards, fields = (int(word) for word in [*sys.argv[1:], SHARDS, FIELDS][:2]) if sys.argv[1:] else (SHARDS, FIELDS)
+    given = [int(word) for word in sys.argv[1:3]]
+    shards, fields = given + [SHARDS, FIELDS][len(given) :]
     with tempfile.TemporaryDirectory() as name:
         path = write_manifest(Path(name), shards=shards, fields=fields)
         print(f"{shards:,} shards × {fields} fields: {path.stat().st_size / 1e6:.0f} MB of manifest")
