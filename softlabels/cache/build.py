@@ -20,6 +20,8 @@ from softlabels.cache.format import (
     EXAMPLES,
     FORMAT,
     MANIFEST,
+    MANIFEST_LIMIT,
+    RECEIPT,
     TEMPORARY,
     VERSION,
     CorpusCard,
@@ -35,9 +37,12 @@ from softlabels.cache.format import (
     shard_file,
     to_json,
 )
+from softlabels.cache.inside import read_inside
+from softlabels.cache.settings import folder_receipt
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
+from softlabels.pretrained import reset_tokenizer
 from softlabels.types import NO_LABEL
 
 
@@ -89,8 +94,13 @@ class CacheBuild:
             "shards": {field: table.model_dump() for field, table in tables.items()},
         }
         final = Manifest.model_validate(whole)
-        if (self.folder / MANIFEST).read_bytes() != to_json(final):  # nothing new: nothing is touched
-            write_file(self.folder / MANIFEST, to_json(final))
+        data = to_json(final)
+        if _bytes_of(self.folder, MANIFEST) != data:  # nothing new: nothing is touched
+            (self.folder / RECEIPT).unlink(missing_ok=True)  # at no moment it speaks of another manifest
+            write_file(self.folder / MANIFEST, data)
+        rest = to_json(folder_receipt(self.folder, data))
+        if _bytes_of(self.folder, RECEIPT) != rest:
+            write_file(self.folder / RECEIPT, rest)
         return final
 
     def _receipt(self, field: str, shard: int) -> Receipt:
@@ -151,26 +161,52 @@ def teacher_card(
     )
 
 
+def _bytes_of(folder: Path, name: str) -> bytes | None:
+    try:
+        return read_inside(folder, name, limit=MANIFEST_LIMIT)
+    except FileNotFoundError:
+        return None
+
+
+def requeue(folder: Path, manifest: Manifest) -> None:
+    """Make a finished cache an unfinished one: the dump that made it then does what has no receipt."""
+    (folder / RECEIPT).unlink(missing_ok=True)
+    write_file(folder / MANIFEST, to_json(manifest.model_copy(update=_UNFINISHED)))
+
+
+_UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
+
+
 @contextmanager
 def build_cache(
     folder: Path, manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
 ) -> Iterator[CacheBuild]:
     """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
     with lock(folder):
+        _refuse_links(folder)
         previous = _previous(folder)
         if previous is not None:
             _refuse_differences(folder, previous, manifest)
-            unfinished = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
-            manifest = previous.model_copy(update=unfinished | {"fields": previous.fields | manifest.fields})
+            manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
         sweep_temporary(folder)
         if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
         if not (folder / "tokenizer").is_dir():
+            reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)
         if previous is None or not previous.complete:
             write_file(folder / MANIFEST, to_json(manifest))
         yield CacheBuild(folder, manifest)
+
+
+def _refuse_links(folder: Path) -> None:
+    """A link in someone else's cache could have the dump write, and its sweep remove, in any folder of this machine."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise CacheError(f"{path} is a link, and a dump follows none: put the real folder in its place")
 
 
 def _previous(folder: Path) -> Manifest | None:
@@ -204,12 +240,25 @@ def _save_folder(path: Path, part: PretrainedConfig | PreTrainedTokenizerBase) -
     """A folder that transformers writes, whole or not there."""
     draft = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(draft, ignore_errors=True)
-    part.save_pretrained(draft)
-    for file in draft.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    draft.rename(path)
+    try:
+        part.save_pretrained(draft)
+        for place, _, names in os.walk(draft):
+            for name in names:
+                _sync_file(Path(place, name))
+            sync_folder(Path(place))
+        os.replace(draft, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

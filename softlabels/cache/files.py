@@ -1,6 +1,6 @@
-"""Crash-safe files: temporary name, sync, rename; and one writer a folder.
+"""Crash-safe files: temporary name, sync, rename; one writer a folder; checksums; files mapped into memory.
 
-What comes in are bytes or a function that writes them; what goes out is a file that is whole or not there.
+What comes in are bytes; what goes out is a file that is whole or not there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import xxhash
 from softlabels.cache.format import TEMPORARY
 from softlabels.errors import CacheError
 
-_CHUNK = 8 << 20  # bytes read at a time when hashing
+_CHUNK = 1 << 20  # bytes read at a time when hashing: what was just copied is still in the processor's cache
 
 
 def temporary(path: Path) -> Path:
@@ -44,70 +44,101 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary(path), "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        try:
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        publish(path)
     except BaseException:
         temporary(path).unlink(missing_ok=True)
         raise
-    publish(path)
 
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file, as 32 hex characters."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return hash_handle(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_handle(handle: int, done: Callable[[int], object] | None = None) -> str:
+    """xxh3-128 of an open file; `done` is told the bytes of each piece."""
     hasher = xxhash.xxh3_128()
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as handle:
-        while count := handle.readinto(buffer):
-            hasher.update(view[:count])
+    view = memoryview(bytearray(_CHUNK))
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the usual read-ahead
+    while count := os.readv(handle, [view]):
+        hasher.update(view[:count])
+        if done is not None:
+            done(count)
     return hasher.hexdigest()
 
 
 def sweep_temporary(folder: Path) -> None:
     """Remove what a killed writer left in the field folders of a cache. Only under `lock`."""
-    for path in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"*/{TEMPORARY}*")):
+    for path in temporary_files(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
+def temporary_files(folder: Path) -> list[Path]:
+    """What a writer has begun, or a killed one left: in `folder` and in the folders in it, links not followed."""
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    inside = [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
+    left = [Path(entry.path) for entry in found if entry.name.startswith(TEMPORARY)]
+    for place in inside:
+        if not place.name.startswith(TEMPORARY):
+            left += [place / name for name in os.listdir(place) if name.startswith(TEMPORARY)]
+    return sorted(left)
+
+
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One writer in `folder` at a time. The system frees the lock of a dead process, so none is ever stale."""
+def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """One writer in `folder` at a time, or any number that only look (`shared`) and no writer.
+
+    The system frees the lock of a dead process, so none is ever stale.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(
-                f"{folder} is being written by another process: wait for it, or choose another --out"
+                f"{folder} is being written by another process: wait for it"
+                + ("" if shared else " (or for its `verify`), or choose another --out")
             ) from None
         yield
     finally:
         os.close(handle)
 
 
-def map_file(path: Path, size: int) -> pa.Buffer:
+def map_file(file: Path | int, size: int) -> pa.Buffer:
     """The first `size` bytes of a file, mapped read-only for as long as the buffer or a view of it lives.
 
-    It keeps no file descriptor, of which a process commonly has 1,024: `pyarrow.memory_map` keeps one a file, and
-    Python's `mmap` duplicates the one that it is given.
+    `file` is its path, or a descriptor of it that stays the caller's. None is kept: a process commonly has 1,024.
+    `pyarrow.memory_map` keeps one a file, and Python's `mmap` duplicates the one that it is given.
     """
-    handle = os.open(path, os.O_RDONLY)
+    handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
     try:
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
         if address in (None, _MAP_FAILED):
             number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(path))
+            raise OSError(number, os.strerror(number))
     finally:
-        os.close(handle)
+        if handle is not file:
+            os.close(handle)
     return pa.foreign_buffer(address, size, base=_Mapping(address, size))
 
 

@@ -3,6 +3,7 @@
 A cache is a folder:
 
     manifest.json            what the cache holds (`Manifest` below), UTF-8 JSON; its existence makes a folder a cache
+    receipt.json             the hashes of manifest.json and of every file of tokenizer/ and teacher/ (`FolderReceipt`)
     tokenizer/               the teacher's tokenizer, as transformers saves it
     teacher/config.json      the teacher's configuration, where it is known; never its weights
     examples/00000.arrow     one folder a field, one file a shard, numbered from 0 with at least five digits
@@ -14,8 +15,9 @@ order. A receipt says that a shard is whole; a reader of a finished cache needs 
 
 **Arrow files** are Arrow IPC *files*, uncompressed, so that a reader maps them and touches only what it reads. No
 column and no list element has nulls, and is declared so; list elements are called `item`. The file's schema metadata
-has the key `softlabels`: JSON with `field`, `shard` and `version`, keys sorted. A list column holds fewer than 2³¹
-values a record batch; a shard with more has several record batches. All numbers are little-endian.
+has the key `softlabels`: JSON with `field`, `shard` and `version`, keys sorted; fields have no metadata of their own. A
+list column holds fewer than 2³¹ values a record batch; a shard with more has several record batches, none of them
+empty, one after the other. All numbers are little-endian.
 
 **`examples`** columns: `id` string, unique in the cache; `token_hash` uint64, xxh3-64 over the int32 little-endian
 token ids and then the uint8 token types; `input_ids` list<uint16>, or list<int32> where the vocabulary is larger than
@@ -45,12 +47,13 @@ only if their receipts have the same `join`.
 
 **Integrity.** Every receipt has the file's size and xxh3-128. Hashes are lower-case hex. The manifest's shard tables
 join all shards' values in one string, so that a table of 100,000 shards is read at once: `sizes` 12 hex characters a
-shard (big end first), `xxh3_128` and `join` 32.
+shard (big end first), `xxh3_128` and `join` 32. A reader needs no receipt, and a copy of some fields may lack them;
+where one is there, it is right. All files are regular ones: readers follow no link inside the folder.
 
 **Writing.** A file is written under a name that begins with `.tmp-`, synced, renamed; then its receipt likewise. The
-manifest is written once at the start with `complete` false, and last with the shard tables and `complete` true. JSON
-files have a line for each key of the outermost object, keys sorted at every depth. Nothing in a cache depends on the
-time or the machine's clock: the same dump twice gives the same bytes.
+manifest is written once at the start with `complete` false, and at the end with the shard tables and `complete` true;
+receipt.json, removed before that, comes last. JSON files have a line for each key of the outermost object, keys sorted
+at every depth. Nothing in a cache depends on the time or the machine's clock: the same dump twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -60,10 +63,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
 
+from softlabels.cache.inside import read_inside
 from softlabels.errors import CacheError
 
 FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
@@ -74,8 +78,15 @@ TEMPORARY = ".tmp-"  # prefix of every file that is not whole yet
 LIST_LIMIT = 2**31 - 1  # values in a list column of one record batch: its offsets are int32
 
 FIELD_NAME = re.compile(r"[a-z][a-z_]{0,30}(\.[0-9]{2,4})?(@[a-z]{1,10})?")
+RECEIPT = "receipt.json"
+# What a reader takes from strangers: a manifest of 100,000 shards and 20 fields has 100 MB and 200,000 values.
+MANIFEST_LIMIT, RECEIPT_LIMIT, SETTINGS_LIMIT = 1 << 28, 1 << 16, 1 << 24  # bytes
+_MOST_VALUES = 2_000_000  # in one JSON file
 _SIZE = 12  # hex characters of a file's size in a shard table
 Hex128 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Positive = Annotated[int, Field(ge=1, lt=2**48)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
 
 
 def is_hex(text: str) -> bool:
@@ -93,13 +104,19 @@ class _Part(BaseModel):
 class Receipt(_Part):
     """Says that one shard of one field is whole."""
 
-    rows: int = Field(ge=1)
-    tokens: int = Field(ge=0)
-    bytes: int = Field(ge=1, lt=2**48)
+    rows: Positive
+    tokens: Count
+    bytes: Positive
     xxh3_128: Hex128
     join: Hex128
-    truncated: int = Field(default=0, ge=0)  # of `examples`: rows that were cut to max_length
-    clipped: int = Field(default=0, ge=0)  # of other fields: values beyond the type, stored as its largest
+    truncated: Count = 0  # of `examples`: rows that were cut to max_length
+    clipped: Count = 0  # of other fields: values beyond the type, stored as its largest
+
+
+class FolderReceipt(_Part):
+    """receipt.json: path inside the cache → xxh3-128, of all files that have no receipt of their own, but this one."""
+
+    files: dict[str, Hex128]
 
 
 class FieldSpec(_Part):
@@ -126,7 +143,7 @@ class ShardTable(_Part):
 
     sizes: str
     xxh3_128: str
-    clipped: int = Field(default=0, ge=0)  # values of the whole field
+    clipped: Count = 0  # values of the whole field
 
     @model_validator(mode="after")
     def _fits(self) -> ShardTable:
@@ -167,9 +184,9 @@ class TeacherCard(_Part):
     weights_hash: str
     task: Literal["sequence-classification"]
     label_names: list[str] = Field(min_length=2)
-    vocab_size: int = Field(ge=1)  # of the tokenizer
-    pad_token_id: int = Field(ge=0)
-    unk_token_id: int | None
+    vocab_size: int = Field(ge=1, le=2**24)  # of the tokenizer
+    pad_token_id: TokenId
+    unk_token_id: TokenId | None
     token_types: bool
 
 
@@ -179,17 +196,17 @@ class CorpusCard(_Part):
     source: str
     split: str | None
     hash: str
-    rows: int = Field(ge=1)
-    labelled: int = Field(ge=0)
-    truncated: int = Field(default=0, ge=0)  # rows cut to max_length; counted when the dump is complete
+    rows: Positive
+    labelled: Count
+    truncated: Count = 0  # rows cut to max_length; counted when the dump is complete
 
 
 class DumpCard(_Part):
     """The options that decide the bytes."""
 
-    max_length: int = Field(ge=1)
-    shard_rows: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
+    max_length: Positive
+    shard_rows: Positive
+    batch_tokens: Positive
     dtype: str
     text: bool
 
@@ -205,8 +222,8 @@ class Manifest(_Part):
     corpus: CorpusCard
     dump: DumpCard
     fields: dict[str, FieldSpec]
-    shard_rows: list[Annotated[int, Field(ge=1)]]  # rows of each shard; empty while unfinished
-    shard_tokens: list[Annotated[int, Field(ge=0)]]
+    shard_rows: Annotated[list[Positive], FailFast()]  # rows of each shard; empty while unfinished
+    shard_tokens: Annotated[list[Count], FailFast()]
     join: str  # 32 hex characters a shard
     shards: dict[str, ShardTable]  # a table a field, `examples` included
     versions: dict[str, str]  # of the packages that wrote it
@@ -265,24 +282,55 @@ def to_json(model: BaseModel) -> bytes:
 
 def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of `folder`; CacheError where there is none or it is damaged."""
-    path = folder / MANIFEST
     if not folder.is_dir():
         raise CacheError(f"no cache at {folder}: no such folder. Make one with `softlabels dump … --out {folder}`")
     try:
-        raw = path.read_bytes()
+        raw = read_inside(folder, MANIFEST, limit=MANIFEST_LIMIT)
     except FileNotFoundError:
         raise CacheError(f"{folder} is not a cache: it has no {MANIFEST}") from None
-    try:
-        return Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CacheError(f"{path} is damaged or of another version: {place}: {first['msg']}") from None
+    return _parse(Manifest, raw, folder / MANIFEST)
 
 
 def read_receipt(folder: Path, field: str, shard: int) -> Receipt | None:
     """The receipt of a shard, or None where there is none that can be read: then the shard counts as missing."""
     try:
-        return Receipt.model_validate_json(receipt_file(folder, field, shard).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return load_receipt(folder, field, shard)
+    except (FileNotFoundError, CacheError):
         return None
+
+
+def load_receipt(folder: Path, field: str, shard: int) -> Receipt:
+    """The receipt of a shard; FileNotFoundError where there is none, CacheError where it is damaged."""
+    path = receipt_file(folder, field, shard)
+    return _parse(Receipt, read_inside(folder, field, path.name, limit=RECEIPT_LIMIT), path)
+
+
+def load_folder_receipt(folder: Path) -> FolderReceipt:
+    """receipt.json; FileNotFoundError where there is none, CacheError where it is damaged."""
+    return _parse(FolderReceipt, read_inside(folder, RECEIPT, limit=SETTINGS_LIMIT), folder / RECEIPT)
+
+
+def read_settings(folder: Path, *names: str) -> dict[str, Any]:
+    """A JSON object that transformers wrote; FileNotFoundError where there is none, CacheError where it is damaged."""
+    path, raw = folder.joinpath(*names), read_inside(folder, *names, limit=SETTINGS_LIMIT)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise CacheError(f"{path} is damaged: it is no JSON object")
+    return value
+
+
+_Model = TypeVar("_Model", bound=_Part)
+
+
+def _parse(kind: type[_Model], raw: bytes, path: Path) -> _Model:
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:  # each takes many times its byte in memory
+        raise CacheError(f"{path} has more than {_MOST_VALUES:,} values: refused")
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CacheError(f"{path} is damaged or of another version: {place}: {first['msg']}"[:1000]) from None

@@ -6,7 +6,7 @@ mapped while it is among the most recently used.
 
 from __future__ import annotations
 
-import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 
 from softlabels.cache.codec import DTYPES, decode
-from softlabels.cache.files import map_file
-from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, read_manifest, shard_file
-from softlabels.cache.writer import SCALE, examples_schema, field_schema, read_channels
+from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
+from softlabels.cache.shards import check_lengths, check_size, open_shard
+from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.types import NO_LABEL, Signals, TokenBatch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+# Seconds after which a mapped file's size is looked at again: a file that was cut short under the reader is told, where
+# touching its mapped memory would kill the process. What is cut in these last moments still does.
+LOOK_AGAIN = 0.05
 _OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
 
 
@@ -68,6 +71,7 @@ class Cache:
         self.rows: int = manifest.corpus.rows
         self.fields: dict[str, FieldSpec] = manifest.fields
         self._shards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._looked: dict[tuple[str, int], float] = {}  # when a shard's file was last seen to be whole
         self._lists: dict[tuple[str, int, str], _Lists] = {}
 
     def __len__(self) -> int:
@@ -159,14 +163,16 @@ class Cache:
 
     def teacher_config(self) -> dict[str, Any]:
         """The teacher's config.json; empty where the teacher ran elsewhere and left none."""
-        path = self.path / "teacher" / "config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            return read_settings(self.path, "teacher", "config.json")
+        except FileNotFoundError:
+            return {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, from the cache."""
-        from transformers import AutoTokenizer
+        """The teacher's tokenizer, from the cache; CacheError where it is damaged, or asks for code to be loaded."""
+        from softlabels.cache.settings import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.path / "tokenizer", local_files_only=True)
+        return load_tokenizer(self.path)
 
     # ------------------------------------------------------------------------------------------------- batches
 
@@ -200,6 +206,8 @@ class Cache:
         shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[
             spec.kind
         ]
+        for shard in {shard for shard, _ in self._places(rows)}:
+            self.table(field, shard)  # its checks come first: until then `width` is only a number in a stranger's file
         out = np.zeros((len(rows), *shape), dtype=DTYPES[spec.type])
         for i, (shard, row) in enumerate(self._places(rows)):
             length = int(lengths[i])
@@ -252,71 +260,22 @@ class Cache:
 
     def _shard(self, field: str, shard: int) -> pa.Table:
         """The mapped, checked table of one shard, least recently used ones let go."""
-        key = (field, shard)
+        key, now = (field, shard), time.monotonic()
         if key in self._shards:
             self._shards.move_to_end(key)
+            if now - self._looked[key] > LOOK_AGAIN:
+                check_size(self.path, self.manifest, field, shard)
+                self._looked[key] = now
             return self._shards[key]
-        table = self._open_shard(field, shard)
-        self._shards[key] = table
+        table = open_shard(self.path, self.manifest, field, shard)
+        self._shards[key], self._looked[key] = table, now
         if len(self._shards) > _OPEN_SHARDS:
             old, _ = self._shards.popitem(last=False)
+            del self._looked[old]
             for column in list(self._lists):
                 if column[:2] == old:
                     del self._lists[column]
         return table
-
-    def _open_shard(self, field: str, shard: int) -> pa.Table:
-        path = shard_file(self.path, field, shard)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise CacheError(
-                f"cache {self.path} lacks {path.name} of field '{field}': copy it from where the cache came from"
-            ) from None
-        if size != self.manifest.shards[field].size(shard):
-            raise CacheError(
-                f"{path} has {size} bytes, not the {self.manifest.shards[field].size(shard)} that {MANIFEST} says: "
-                f"it is damaged"
-            )
-        try:
-            table = pa.ipc.open_file(map_file(path, size)).read_all()
-            table.validate(full=True)  # offsets are bounds-checked here, before anything follows them
-        except pa.ArrowInvalid as error:
-            raise CacheError(f"{path} is damaged: {error}") from None
-        if table.num_rows != self.manifest.shard_rows[shard]:
-            raise CacheError(
-                f"{path} has {table.num_rows} rows, not the {self.manifest.shard_rows[shard]} that {MANIFEST} says"
-            )
-        self._check_schema(field, shard, table, path)
-        return table
-
-    def _check_schema(self, field: str, shard: int, table: pa.Table, path: Path) -> None:
-        card = self.manifest.teacher
-        if field == EXAMPLES:
-            wanted = examples_schema(
-                shard, vocab_size=card.vocab_size, token_types=card.token_types, text=self.manifest.dump.text
-            )
-        else:
-            spec = self.fields[field]
-            channels = read_channels(table.schema, spec.width, where=path) if spec.type == "int8" else None
-            wanted = field_schema(field, spec, shard, channels=channels)
-        if not table.schema.equals(wanted, check_metadata=True) or any(column.null_count for column in table.columns):
-            raise CacheError(
-                f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another place"
-            )
-        if field == EXAMPLES:
-            self._check_examples(table, path)
-
-    def _check_examples(self, table: pa.Table, path: Path) -> None:
-        """Token ids and labels stay in their tables: a student indexes its embedding with them."""
-        card = self.manifest.teacher
-        ids = [_flat(chunk) for chunk in table.column("input_ids").chunks]
-        labels = table.column("label").to_numpy()
-        real = labels[labels != NO_LABEL]
-        if any(len(part) and (part.min() < 0 or part.max() >= card.vocab_size) for part in ids):
-            raise CacheError(f"{path} has token ids beyond the vocabulary of {card.vocab_size}: it is damaged")
-        if len(real) and (real.min() < 0 or real.max() >= len(card.label_names)):
-            raise CacheError(f"{path} has labels beyond the {len(card.label_names)} classes: it is damaged")
 
     def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
         table = self._shard(field, shard)
@@ -327,20 +286,11 @@ class Cache:
             starts = [np.frombuffer(c.buffers()[1], np.int32)[c.offset : c.offset + len(c) + 1] for c in chunks]
             lists = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
             if field != EXAMPLES:
-                self._check_lengths(field, shard, lists, values=1 if column == SCALE else None)
+                first = shard * self.manifest.dump.shard_rows
+                tokens = self.lengths[first : first + self.manifest.shard_rows[shard]]
+                check_lengths(table, field, self.fields[field], tokens, where=shard_file(self.path, field, shard))
             self._lists[key] = lists
         return self._lists[key]
-
-    def _check_lengths(self, field: str, shard: int, lists: _Lists, *, values: int | None = None) -> None:
-        """Every row has as many values (`values` a token) as its tokens ask for, or reshaping would mix rows."""
-        spec, first = self.fields[field], shard * self.manifest.dump.shard_rows
-        tokens = self.lengths[first : first + self.manifest.shard_rows[shard]].astype(np.int64)
-        wanted = (values or spec.width) * (tokens if spec.kind == "token" else tokens * tokens)
-        if not np.array_equal(np.concatenate([np.diff(starts) for starts in lists.starts]), wanted):
-            raise CacheError(
-                f"{shard_file(self.path, field, shard)} does not belong to the examples of this cache: row lengths "
-                f"differ"
-            )
 
     def _rows(self, field: str, shard: int, column: str = "") -> _Lists:
         """A column of as many values in every row, as lists: the field itself, or the scales of an int8 row field."""

@@ -193,7 +193,9 @@ class FieldShard:
         if spec.type == "int8":
             scales = np.ones(len(tokens), np.int64) if spec.kind == "row" else tokens.astype(np.int64)
             self._columns.append(_Column(schema.field(1).type, np.dtype("<f4"), scales))
-        self.handle = os.open(temporary(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.receipt_path.unlink(missing_ok=True)  # of a file that was lost or damaged: it says nothing about this one
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        self.handle = os.open(temporary(self.path), flags, 0o666)
         try:
             self._lay_out()
         except BaseException:
@@ -294,8 +296,8 @@ class FieldShard:
             join=join,
             clipped=self.clipped,
         )
-        self._close()
         publish(self.path)
+        self._close()
         write_file(self.receipt_path, to_json(receipt))
         return receipt
 
@@ -303,8 +305,8 @@ class FieldShard:
         """Forget the shard; nothing of it stays."""
         self._waiting = []
         if self.handle >= 0:
-            self._close()
             temporary(self.path).unlink(missing_ok=True)
+            self._close()
 
     def _close(self) -> None:
         handle, self.handle = self.handle, -1  # first, so that a Ctrl-C in between can't have it closed twice
@@ -387,6 +389,7 @@ def write_examples(
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     data = sink.getvalue()
+    receipt_file(folder, EXAMPLES, shard).unlink(missing_ok=True)  # says nothing about the file that comes
     write_file(shard_file(folder, EXAMPLES, shard), data)
     receipt = Receipt(
         rows=len(examples),

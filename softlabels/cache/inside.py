@@ -1,0 +1,58 @@
+"""Files of someone else's folder, opened with care: a folder and names come in, a descriptor or bytes go out.
+
+A link, a pipe or a device in the place of a file is refused, since it would lead out of the folder, or never end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from softlabels.errors import CacheError
+
+
+def open_inside(folder: Path, *names: str) -> int:
+    """A descriptor of the regular file `folder`/names…, followed through no link below `folder`.
+
+    FileNotFoundError where it isn't there; CacheError where something else is in its place: a link may point at
+    any file of this machine, and a pipe or a device would be waited for or read without an end.
+    """
+    path = folder.joinpath(*names)
+    parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in names[:-1]:
+            above, parent = parent, _open_at(parent, name, os.O_DIRECTORY, path)
+            os.close(above)
+        handle = _open_at(parent, names[-1], os.O_NONBLOCK, path)
+    finally:
+        os.close(parent)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CacheError(f"{path} is no regular file: refused. Copy the cache again, with its files and no links")
+    return handle
+
+
+def _open_at(parent: int, name: str, flags: int, path: Path) -> int:
+    try:
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
+            raise CacheError(
+                f"{path} or the folder around it is a link, or no file: refused. Copy the cache again, with its files "
+                f"and no links"
+            ) from None
+        error.filename = str(path)
+        raise
+
+
+def read_inside(folder: Path, *names: str, limit: int) -> bytes:
+    """The bytes of a file as `open_inside` opens it; CacheError where it has more than `limit`."""
+    handle = open_inside(folder, *names)
+    with open(handle, "rb", buffering=0) as file:
+        size = os.fstat(handle).st_size
+        data = b"" if size > limit else file.read(limit + 1)
+        if size > limit or len(data) > limit:
+            raise CacheError(f"{folder.joinpath(*names)} has {size:,} bytes, more than the {limit:,} that it may have")
+        return data

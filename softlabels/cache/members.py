@@ -1,0 +1,79 @@
+"""What ties the rows of `examples` to the rest: token hashes recomputed from the tokens, the join from ids and them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from softlabels.cache.format import Manifest
+from softlabels.cache.shards import list_lengths
+from softlabels.types import NO_LABEL
+
+
+class Members:
+    """The examples of a cache, shard by shard, held against the manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.lengths: dict[int, np.ndarray] = {}  # shard → (rows,) tokens, of the shards that were added
+        self._hashes: dict[int, np.ndarray] = {}  # shard → (rows,) of their ids: 8 bytes a row, not the ids
+        self._labelled = 0
+
+    def add(self, table: pa.Table, shard: int) -> str | None:
+        """Take in a checked shard of `examples`; what does not fit in it, or None."""
+        tokens = list_lengths(table, "input_ids")
+        self.lengths[shard] = tokens
+        self._labelled += int((table.column("label").to_numpy() != NO_LABEL).sum())
+        names = [name.encode() for name in table.column("id").to_pylist()]
+        self._hashes[shard] = np.fromiter(map(xxhash.xxh3_64_intdigest, names), np.uint64, len(names))
+        if int(tokens.sum()) != self.manifest.shard_tokens[shard]:
+            return f"it has {int(tokens.sum())} tokens and not the {self.manifest.shard_tokens[shard]} of the manifest"
+        hashes = token_hashes(table, tokens, types=self.manifest.teacher.token_types)
+        wrong = np.flatnonzero(hashes != table.column("token_hash").to_numpy())
+        if len(wrong):
+            name = names[wrong[0]].decode()
+            return f"the token hash of '{name}' and {len(wrong) - 1} other row(s) isn't that of their tokens"
+        join = xxhash.xxh3_128()
+        for name, value in zip(names, hashes.tolist(), strict=True):
+            join.update(name + b"\0" + value.to_bytes(8, "little"))
+        if join.hexdigest() != self.manifest.join[32 * shard : 32 * shard + 32]:
+            return "its ids and token hashes are not those of the manifest's `join`"
+        return None
+
+    def problems(self) -> list[str]:
+        """What does not fit in all shards together, as far as they were added."""
+        found, card = [], self.manifest.corpus
+        if self._hashes:
+            hashes = np.sort(np.concatenate(list(self._hashes.values())))
+            doubled = hashes[1:][hashes[1:] == hashes[:-1]]
+            if len(
+                doubled
+            ):  # 64 bits: two different ids with one hash come once in a thousand caches of a billion rows
+                shards = [str(shard) for shard, part in self._hashes.items() if np.isin(doubled[0], part)]
+                found.append(f"an id is there more than once, in shard {' and '.join(shards)}")
+        if len(self._hashes) == len(self.manifest.shard_rows) and self._labelled != card.labelled:
+            found.append(f"{self._labelled} rows have a label, and not the {card.labelled} of the manifest")
+        return found
+
+
+def token_hashes(table: pa.Table, tokens: np.ndarray, *, types: bool) -> np.ndarray:
+    """(rows,) uint64: xxh3-64 over each row's tokens as int32 and, where there are some, its token types."""
+    ids = memoryview(_values(table, "input_ids").astype("<i4").tobytes())
+    kinds = memoryview(_values(table, "token_type_ids").tobytes()) if types else memoryview(b"")
+    hashes, start = np.zeros(len(tokens), np.uint64), 0
+    for row, count in enumerate(tokens.tolist()):
+        hasher = xxhash.xxh3_64(ids[4 * start : 4 * (start + count)])
+        if types:
+            hasher.update(kinds[start : start + count])
+        hashes[row], start = hasher.intdigest(), start + count
+    return hashes
+
+
+def _values(table: pa.Table, column: str) -> np.ndarray:
+    """All values of a list column, row after row."""
+    parts = []
+    for chunk in table.column(column).chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1)
+        parts.append(chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]])
+    return np.concatenate(parts)

@@ -1,0 +1,107 @@
+"""One shard of one field: its file found, mapped and checked against what the manifest says. Nothing is trusted.
+
+What comes in is a place in a cache, what goes out is a table over the mapped file whose offsets all lie inside it. The
+reader and `verify` both open shards here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from softlabels.cache.arrow import read_table
+from softlabels.cache.files import map_file
+from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, shard_file
+from softlabels.cache.inside import open_inside
+from softlabels.cache.writer import SCALE, examples_schema, field_schema, read_channels
+from softlabels.errors import CacheError
+from softlabels.types import NO_LABEL
+
+
+def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
+    """The mapped, checked table of a shard of a finished cache; CacheError says which file, and what is wrong."""
+    path = shard_file(folder, field, shard)
+    wanted = manifest.shards[field].size(shard)
+    try:
+        handle = open_inside(folder, field, path.name)
+    except FileNotFoundError:
+        raise CacheError(
+            f"cache {folder} lacks {path.name} of field '{field}': copy it from where the cache came from"
+        ) from None
+    try:
+        _compare_size(path, os.fstat(handle).st_size, wanted)
+        data = map_file(handle, wanted)
+    finally:
+        os.close(handle)
+    table = read_table(data, lambda found: wanted_schema(manifest, field, shard, found, where=path), where=path)
+    if table.num_rows != manifest.shard_rows[shard]:
+        raise CacheError(f"{path} has {table.num_rows} rows, not the {manifest.shard_rows[shard]} that {MANIFEST} says")
+    if field == EXAMPLES:
+        _check_examples(table, manifest, path)
+    return table
+
+
+def check_size(folder: Path, manifest: Manifest, field: str, shard: int) -> None:
+    """CacheError where the file has shrunk or grown since: touching mapped memory that is gone kills the process."""
+    path = shard_file(folder, field, shard)
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        return  # removed or replaced: what is mapped stays
+    _compare_size(path, size, manifest.shards[field].size(shard))
+
+
+def _compare_size(path: Path, size: int, wanted: int) -> None:
+    if size != wanted or not size:
+        raise CacheError(
+            f"{path} has {size} bytes, not the {wanted} that {MANIFEST} says: it is damaged. `softlabels verify` lists "
+            f"all that is"
+        )
+
+
+def wanted_schema(manifest: Manifest, field: str, shard: int, found: pa.Schema, *, where: Path) -> pa.Schema:
+    """The schema that the shard's file must have; the channel scales of an int8 field are the file's own."""
+    card = manifest.teacher
+    if field == EXAMPLES:
+        return examples_schema(shard, vocab_size=card.vocab_size, token_types=card.token_types, text=manifest.dump.text)
+    spec = manifest.fields[field]
+    channels = read_channels(found, spec.width, where=where) if spec.type == "int8" else None
+    return field_schema(field, spec, shard, channels=channels)
+
+
+def _check_examples(table: pa.Table, manifest: Manifest, path: Path) -> None:
+    """Token ids and labels stay in their tables: a student indexes its embedding with them."""
+    card = manifest.teacher
+    labels = table.column("label").to_numpy()
+    real = labels[labels != NO_LABEL]
+    for chunk in table.column("input_ids").chunks:
+        ids = chunk.values.to_numpy(zero_copy_only=True)
+        if len(ids) and (ids.min() < 0 or ids.max() >= card.vocab_size):
+            raise CacheError(f"{path} has token ids beyond the vocabulary of {card.vocab_size}: it is damaged")
+    if len(real) and (real.min() < 0 or real.max() >= len(card.label_names)):
+        raise CacheError(f"{path} has labels beyond the {len(card.label_names)} classes: it is damaged")
+    if card.token_types and not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "token_type_ids")):
+        raise CacheError(f"{path} has rows with more or fewer token types than tokens: it is damaged")
+
+
+def list_lengths(table: pa.Table, column: str) -> np.ndarray:
+    """(rows,) how many values every row of a list column has."""
+    chunks = table.column(column).chunks
+    offsets = [np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1) for chunk in chunks]
+    return np.concatenate([np.diff(part) for part in offsets])
+
+
+def check_lengths(table: pa.Table, field: str, spec: FieldSpec, tokens: np.ndarray, *, where: Path) -> None:
+    """CacheError where a row has not as many values as its tokens ask for: reshaping would mix rows."""
+    if spec.kind == "row":
+        return
+    tokens = tokens.astype(np.int64)
+    wanted = spec.width * (tokens if spec.kind == "token" else tokens * tokens)
+    fits = np.array_equal(list_lengths(table, field), wanted)
+    if fits and spec.type == "int8":
+        fits = np.array_equal(list_lengths(table, SCALE), tokens)
+    if not fits:
+        raise CacheError(f"{where} does not belong to the examples of this cache: row lengths differ")
