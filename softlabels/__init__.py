@@ -35,7 +35,10 @@ _PUBLIC = {
     "load_teacher": "softlabels.teacher",
     "train_teacher": "softlabels.teacher",
     "TeacherOptions": "softlabels.teacher",
+    "read_column": "softlabels.corpus",
     "dump": "softlabels.dump",
+    "import_logits": "softlabels.imports",
+    "ImportOptions": "softlabels.config",
     "open_cache": "softlabels.cache",
     "train_student": "softlabels.train",
     "load_run": "softlabels.runs",
@@ -48,6 +51,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from softlabels.cache import open_cache as open_cache
     from softlabels.config import DumpOptions as DumpOptions
+    from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import StudentOptions as StudentOptions
     from softlabels.config import read_recipe as read_recipe
     from softlabels.corpus import read_corpus as read_corpus
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from softlabels.errors import SoftlabelsError as SoftlabelsError
     from softlabels.evaluate import evaluate as evaluate
     from softlabels.evaluate import predict as predict
+    from softlabels.imports import import_logits as import_logits
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions
     from softlabels.teacher import load_teacher as load_teacher

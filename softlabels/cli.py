@@ -204,7 +204,13 @@ def dump_command(
     shard_rows: Annotated[int | None, typer.Option(min=1, help="rows a file")] = None,
     dtype: Annotated[str | None, typer.Option(help="the teacher computes in float32, bfloat16 or float16")] = None,
     codec: Annotated[
-        str | None, typer.Option(help="hidden states, Q/K/V and maps are stored as float16 or float32")
+        str | None,
+        typer.Option(
+            help="hidden states, Q/K/V and maps are stored as float32, float16 (default), bfloat16, or int8 (not maps)"
+        ),
+    ] = None,
+    overflow: Annotated[
+        str | None, typer.Option(help="values that the codec cannot hold: refuse (default), or clip and count them")
     ] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
     text: Text = None,
@@ -224,6 +230,7 @@ def dump_command(
         "shard_rows": shard_rows,
         "dtype": dtype,
         "codec": codec,
+        "overflow": overflow,
     }
     options = build_options(
         DumpOptions,
@@ -244,6 +251,69 @@ def dump_command(
     )
     if report.truncated:
         _say(f"{report.truncated} of {report.rows} texts were longer than the teacher takes and were cut")
+    for field, count in report.clipped.items():
+        _say(f"{count} values of {field} were beyond what {options.codec} holds and were clipped")
+    _finish(report, as_json)
+
+
+@app.command(
+    "import",
+    epilog="Example:  softlabels import scored.parquet --out cache --logits scores --label-names no,yes "
+    "--tokenizer bert-base-uncased",
+)
+def import_command(
+    source: CorpusArgument,
+    out: Annotated[Path, typer.Option(help="the cache; an unfinished one goes on")],
+    tokenizer: Annotated[str, typer.Option(help="what the texts are tokenised by: a folder or a Hugging Face name")],
+    logits: Annotated[str | None, typer.Option(metavar="COLUMN", help="the column with a list of logits a row")] = None,
+    probabilities: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="the column with a list of probabilities a row, instead")
+    ] = None,
+    label_names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="the classes' names, in the order of the logits")
+    ] = None,
+    teacher_name: Annotated[str | None, typer.Option(help="what to call the teacher")] = None,
+    split: Annotated[str | None, typer.Option(help="which split(s) of the source, joined by +")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens a text; by default what the tokenizer says, at most 512")
+    ] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="rows a file")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
+    text: Text = None,
+    label: Label = None,
+    rows: Rows = None,
+    as_json: Json = False,
+) -> None:
+    """Make a cache of logits that a teacher gave elsewhere."""
+    from softlabels.config import ImportOptions, build_options
+
+    column = logits if logits is not None else probabilities
+    if column is None or (logits is not None and probabilities is not None):
+        raise ConfigError("import needs the column of the logits: either --logits COLUMN or --probabilities COLUMN")
+    given = {
+        "label_names": None if label_names is None else [name.strip() for name in label_names.split(",")],
+        "teacher_name": teacher_name,
+        "max_length": max_length,
+        "shard_rows": shard_rows,
+    }
+    options = build_options(
+        ImportOptions,
+        {key: value for key, value in given.items() if value is not None} | {"text": not no_text},
+        where="import",
+    )
+    from softlabels.corpus import read_column, read_corpus
+    from softlabels.imports import import_logits
+
+    option = "--logits" if logits is not None else "--probabilities"
+    data = read_corpus(source, split=split, text=text, label=label, rows=rows)
+    values = read_column(source, column, option=option, split=split, rows=rows)
+    report = import_logits(
+        data, values, tokenizer=tokenizer, out=out, probabilities=probabilities is not None, options=options
+    )
+    if report.truncated:
+        _say(f"{report.truncated} of {report.rows} texts were longer than --max-length and were cut")
+    if report.zeros:
+        _say(f"{report.zeros} probabilities are zero and were stored as 1.2e-38, the smallest that float32 has")
     _finish(report, as_json)
 
 
@@ -461,7 +531,9 @@ def _facts(facts: dict[str, Any]) -> str:
     """`name  value` lines, aligned."""
     width = max(len(name) for name in facts)
     return "\n".join(
-        f"{name.replace('_', ' '):{width}}  {_value(name, value)}" for name, value in facts.items() if value is not None
+        f"{name.replace('_', ' '):{width}}  {_value(name, value)}"
+        for name, value in facts.items()
+        if value not in (None, {})
     )
 
 

@@ -165,7 +165,9 @@ class DumpOptions(Strict):
     max_length: int | None = Field(default=None, ge=1)
     shard_rows: int = Field(default=4096, ge=1)
     batch_tokens: int = Field(default=8192, ge=1)
-    codec: Literal["float32", "float16"] = "float16"  # of hidden, qkv and attention; logits stay float32
+    # of hidden, qkv and attention (which cannot be int8); logits stay float32
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    overflow: Literal["refuse", "clip"] = "refuse"  # of values beyond the codec's largest, ±65,504 for float16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the teacher computes in it
     text: bool = True  # keep the raw texts in the cache
 
@@ -174,6 +176,23 @@ class DumpOptions(Strict):
     def _some_capture(cls, value: list[str]) -> list[str]:
         if not value:
             raise ValueError("no capture is given; for example: logits")
+        return value
+
+
+class ImportOptions(Strict):
+    """What decides the bytes of a cache of logits that a teacher gave elsewhere, beside these and the corpus."""
+
+    label_names: list[str] | None = None  # in the order of the logits
+    teacher_name: str | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    shard_rows: int = Field(default=4096, ge=1)
+    text: bool = True  # keep the raw texts in the cache
+
+    @field_validator("label_names")
+    @classmethod
+    def _classes(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(value) < 2 or len(set(value)) < len(value) or not all(value)):
+            raise ValueError("name two classes or more, all different, in the order of the logits: no,yes")
         return value
 
 

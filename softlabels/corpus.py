@@ -1,8 +1,8 @@
 """Corpora: what the user names on the command line -> rows with id, text (or a pair) and label.
 
-In: a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file; a folder with one such file a split; a Hugging Face
-dataset (`glue/sst2`, `owner/name`, `name:config`, or any of these after `hf:`); `builtin:docstrings`. Out: a
-`Corpus`. Whatever is wrong with the input is one CorpusError that says where.
+In: a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file; a folder with one such file a split, or one that the datasets
+library's `save_to_disk` wrote; a Hugging Face dataset (`glue/sst2`, `owner/name`, `name:config`, or any of these after
+`hf:`); `builtin:docstrings`. Out: a `Corpus`. Whatever is wrong with the input is one CorpusError that says where.
 
 A format gives a `Table`, a table gives rows; columns, ids, texts and labels are judged in one place for all
 formats, so the same rows make the same corpus whatever file they come in.
@@ -118,6 +118,18 @@ def read_corpus(
         examples=[Example(*row) for row in zip(ids, texts, seconds, labels, strict=False)],
         label_names=_label_names(labels, class_names),
     )
+
+
+def read_column(
+    source: str | os.PathLike[str], name: str, *, option: str, split: str | None = None, rows: int | None = None
+) -> list[Any]:
+    """The values of one more column of `source`, row by row those of `read_corpus` with the same arguments.
+
+    CorpusError where there is no such column; `option` is what the user named it with.
+    """
+    names = parse_split(split) if split is not None else None
+    parts = _open_parts(os.fspath(source), names, limit=rows)
+    return [value for part in parts for value in part.column(_need_column(part, name, option))][:rows]
 
 
 def check_trainable(corpus: Corpus) -> None:
@@ -421,6 +433,8 @@ def _open_parts(source: str, splits: list[str] | None, *, limit: int | None) -> 
                 f"corpus {source} is a single file and has no splits: leave --split {'+'.join(splits)} out"
             )
         return [read_table(path, limit=limit)]
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, splits, limit=limit)
     if path.is_dir():
         files = _find_split_files(path)
         return [
@@ -439,6 +453,27 @@ def _open_parts(source: str, splits: list[str] | None, *, limit: int | None) -> 
             split,
         )
         for split in _pick_splits(source, splits, list(found))
+    ]
+
+
+def _open_saved(path: Path, splits: list[str] | None, *, limit: int | None) -> list[Table]:
+    """The tables of a folder that `save_to_disk` of the datasets library has written."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder fails in the library's own ways
+        raise CorpusError(
+            f"corpus {path} looks like a saved dataset but does not load: {_first_line(error)}"
+        ) from error
+    if isinstance(saved, datasets.Dataset):
+        if splits is not None:
+            raise CorpusError(f"corpus {path} is a single dataset and has no splits: leave --split out")
+        return [dataset_table(saved, where=f"corpus {path}", limit=limit)]
+    found = {SPLIT_NAMES.get(str(name).casefold(), str(name)): name for name in saved}
+    return [
+        _in_split(dataset_table(saved[found[split]], where=f"corpus {path}, split '{split}'", limit=limit), split)
+        for split in _pick_splits(str(path), splits, list(found))
     ]
 
 

@@ -14,26 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softlabels.cache.build import CacheBuild, build_cache, find_doubled, tokenizer_hash
-from softlabels.cache.codec import encode
-from softlabels.cache.format import (
-    EXAMPLES,
-    FORMAT,
-    CorpusCard,
-    DumpCard,
-    FieldSpec,
-    Manifest,
-    TeacherCard,
-)
+from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
+from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest
+from softlabels.cache.info import clipped_values
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.captures import TeacherRun, parse_captures, prepare
-from softlabels.config import DumpOptions, package_versions
+from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus, encode_labels
-from softlabels.errors import CorpusError
 from softlabels.progress import progress
 from softlabels.teacher import Teacher, load_teacher
 from softlabels.tokens import Tokenized, batches_by_length, pad_batch, resolve_max_length, tokenize
-from softlabels.types import NO_LABEL, Example, TokenBatch, TokenizedExample
+from softlabels.types import Example, TokenBatch, TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +38,7 @@ class DumpReport:
     fields: list[str]
     seconds: float
     bytes: int
+    clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
 def dump(
@@ -67,7 +59,7 @@ def dump(
     options = options or DumpOptions()
     out = Path(out)
     requests = parse_captures(options.capture)
-    _check_rows(corpus)
+    check_rows(corpus)
     loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code)
     labels = encode_labels(corpus.examples, loaded.label_names)
     max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
@@ -87,7 +79,7 @@ def dump(
                     tokens = tokenize(
                         loaded.tokenizer, rows, max_length=max_length, labels=labels[start : start + len(rows)]
                     )
-                    _dump_shard(build, run, loaded, shard=shard, rows=tokens, missing=absent, update=update)
+                    _dump_shard(build, run, loaded, options, shard=shard, rows=tokens, missing=absent, update=update)
             final = build.finish()
     return DumpReport(
         cache=out,
@@ -96,7 +88,8 @@ def dump(
         truncated=final.corpus.truncated,
         fields=sorted(final.fields),
         seconds=time.monotonic() - started,
-        bytes=sum(sum(table.bytes) for table in final.shards.values()),
+        bytes=sum(table.total for table in final.shards.values()),
+        clipped=clipped_values(final),
     )
 
 
@@ -108,6 +101,7 @@ def _dump_shard(
     build: CacheBuild,
     run: TeacherRun,
     teacher: Teacher,
+    options: DumpOptions,
     *,
     shard: int,
     rows: Tokenized,
@@ -131,7 +125,14 @@ def _dump_shard(
     try:
         for field in missing:
             if field != EXAMPLES:
-                writers[field] = FieldShard(build.folder, field, manifest.fields[field], shard=shard, tokens=lengths)
+                writers[field] = FieldShard(
+                    build.folder,
+                    field,
+                    manifest.fields[field],
+                    shard=shard,
+                    tokens=lengths,
+                    overflow=options.overflow,
+                )
         batches = batches_by_length(lengths, batch_tokens=manifest.dump.batch_tokens)
         for numbers in batches if writers else []:
             batch = [examples[number] for number in numbers]
@@ -150,26 +151,7 @@ def _write_batch(
 ) -> None:
     ids = [example.id for example in batch]
     for field, writer in writers.items():
-        spec, mask = writer.spec, [len(example.input_ids) for example in batch]
-        encoded = encode(_without_padding(values[field], spec, mask), spec, field=field, ids=ids)
-        for i, (number, length) in enumerate(zip(numbers.tolist(), mask, strict=True)):
-            row = encoded[i]
-            if spec.kind == "token":
-                row = row[:length]
-            elif spec.kind == "pair":
-                row = row[:, :length, :length]
-            writer.put(number, row)
-
-
-def _without_padding(values: torch.Tensor, spec: FieldSpec, lengths: list[int]) -> torch.Tensor:
-    """Zero where there is only padding, which is never stored and may hold anything, NaN included."""
-    if spec.kind == "row":
-        return values
-    inside = torch.arange(values.shape[-1 if spec.kind == "pair" else 1], device=values.device)
-    real = inside < torch.tensor(lengths, device=values.device)[:, None]  # (B, L)
-    if spec.kind == "token":
-        return values.masked_fill(~real[:, :, None], 0.0)
-    return values.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
+        writer.write(numbers, values[field], ids=ids)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:
@@ -186,16 +168,6 @@ def _precision(teacher: Teacher, options: DumpOptions):
     return torch.autocast(teacher.model.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _check_rows(corpus: Corpus) -> None:
-    if not corpus.examples:
-        raise CorpusError(f"corpus {corpus.source} has no rows")
-    doubled = find_doubled([example.id for example in corpus.examples])
-    if doubled is not None:
-        raise CorpusError(
-            f"corpus {corpus.source} has the id '{doubled}' twice: rows are joined by id, make them unique"
-        )
-
-
 def _plan(
     corpus: Corpus,
     teacher: Teacher,
@@ -206,29 +178,16 @@ def _plan(
     labels: list[int],
 ) -> Manifest:
     """The manifest as it stands before the first shard."""
-    tokenizer = teacher.tokenizer
-    return Manifest(
-        format=FORMAT,
-        version=1,
-        complete=False,
-        teacher=TeacherCard(
+    return plan_manifest(
+        corpus,
+        labels=labels,
+        teacher=teacher_card(
+            teacher.tokenizer,
             name=teacher.name,
             weights_hash=teacher.weights_hash,
-            task="sequence-classification",
             label_names=teacher.label_names,
-            vocab_size=len(tokenizer),
-            pad_token_id=_pad_id(teacher),
-            unk_token_id=tokenizer.unk_token_id,
-            token_types="token_type_ids" in tokenizer.model_input_names,
         ),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        corpus=CorpusCard(
-            source=corpus.source,
-            split=corpus.split,
-            hash=corpus.hash,
-            rows=len(corpus.examples),
-            labelled=sum(label != NO_LABEL for label in labels),
-        ),
+        tokenizer=teacher.tokenizer,
         dump=DumpCard(
             max_length=max_length,
             shard_rows=options.shard_rows,
@@ -237,9 +196,4 @@ def _plan(
             text=options.text,
         ),
         fields=fields,
-        shard_rows=[],
-        shard_tokens=[],
-        join="",
-        shards={},
-        versions=package_versions("torch", "transformers", "tokenizers", "pyarrow", "numpy"),
     )

@@ -203,9 +203,11 @@ class _TeacherClock:
 
 
 def _teacher_clock(cache: Cache) -> _TeacherClock | None:
-    """A model of the teacher's shape with random weights; None where it is too large to build here, or needs code."""
+    """A model of the teacher's shape with random weights; None where it is unknown or too large to build here."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    if not cache.teacher_config():
+        return None
     try:
         config = AutoConfig.from_pretrained(cache.path / "teacher", local_files_only=True, trust_remote_code=False)
     except ValueError:  # of an architecture that transformers doesn't have, or only with code from elsewhere

@@ -6,7 +6,6 @@ validate, a checkpoint after every epoch, early stopping, and the run folder at 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +332,7 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         unk_token_id=teacher.unk_token_id,
         max_length=cache.manifest.dump.max_length,
         used_ids=cache.used_ids(split.train),
-        teacher_config=json.loads((cache.path / "teacher" / "config.json").read_text()),
+        teacher_config=cache.teacher_config(),
         options=options.options,
     )
 

@@ -18,18 +18,27 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from softlabels.cache.files import lock, sweep_temporary, sync_folder, write_file
 from softlabels.cache.format import (
     EXAMPLES,
+    FORMAT,
     MANIFEST,
     TEMPORARY,
+    VERSION,
+    CorpusCard,
+    DumpCard,
+    FieldSpec,
     Manifest,
     Receipt,
     ShardTable,
+    TeacherCard,
     identity,
     read_manifest,
     read_receipt,
     shard_file,
     to_json,
 )
-from softlabels.errors import CacheError
+from softlabels.config import package_versions
+from softlabels.corpus import Corpus
+from softlabels.errors import CacheError, CorpusError
+from softlabels.types import NO_LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,7 @@ class CacheBuild:
                         f"{shard_file(self.folder, field, shard)} belongs to other examples than this cache's: "
                         f"delete the folder {self.folder / field} and dump the field again"
                     )
-            tables[field] = ShardTable(
-                bytes=[receipt.bytes for receipt in receipts], xxh3_128="".join(r.xxh3_128 for r in receipts)
-            )
+            tables[field] = ShardTable.of(receipts)
         corpus = self.manifest.corpus.model_copy(update={"truncated": sum(r.truncated for r in examples)})
         whole = self.manifest.model_dump() | {
             "complete": True,
@@ -95,11 +102,60 @@ class CacheBuild:
         return receipt
 
 
+def plan_manifest(
+    corpus: Corpus,
+    *,
+    labels: Sequence[int],
+    teacher: TeacherCard,
+    tokenizer: PreTrainedTokenizerBase,
+    dump: DumpCard,
+    fields: dict[str, FieldSpec],
+) -> Manifest:
+    """The manifest as it stands before the first shard."""
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        complete=False,
+        teacher=teacher,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        corpus=CorpusCard(
+            source=corpus.source,
+            split=corpus.split,
+            hash=corpus.hash,
+            rows=len(corpus.examples),
+            labelled=sum(label != NO_LABEL for label in labels),
+        ),
+        dump=dump,
+        fields=fields,
+        shard_rows=[],
+        shard_tokens=[],
+        join="",
+        shards={},
+        versions=package_versions("torch", "transformers", "tokenizers", "pyarrow", "numpy"),
+    )
+
+
+def teacher_card(
+    tokenizer: PreTrainedTokenizerBase, *, name: str, weights_hash: str, label_names: list[str]
+) -> TeacherCard:
+    """Who spoke, and how it read."""
+    return TeacherCard(
+        name=name,
+        weights_hash=weights_hash,
+        task="sequence-classification",
+        label_names=label_names,
+        vocab_size=len(tokenizer),
+        pad_token_id=int(tokenizer.pad_token_id),
+        unk_token_id=tokenizer.unk_token_id,
+        token_types="token_type_ids" in tokenizer.model_input_names,
+    )
+
+
 @contextmanager
 def build_cache(
-    folder: Path, manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    folder: Path, manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
 ) -> Iterator[CacheBuild]:
-    """Begin the cache in `folder`, or go on with it; locked until the block ends."""
+    """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         previous = _previous(folder)
@@ -108,7 +164,7 @@ def build_cache(
             unfinished = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
             manifest = previous.model_copy(update=unfinished | {"fields": previous.fields | manifest.fields})
         sweep_temporary(folder)
-        if not (folder / "teacher").is_dir():
+        if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
         if not (folder / "tokenizer").is_dir():
             _save_folder(folder / "tokenizer", tokenizer)
@@ -165,11 +221,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hasher.hexdigest()
 
 
-def find_doubled(ids: Sequence[str]) -> str | None:
-    """An id that occurs twice, or None."""
+def check_rows(corpus: Corpus) -> None:
+    """CorpusError where there is nothing to keep, or rows could not be told apart."""
+    if not corpus.examples:
+        raise CorpusError(f"corpus {corpus.source} has no rows")
     seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    for example in corpus.examples:
+        if example.id in seen:
+            raise CorpusError(
+                f"corpus {corpus.source} has the id '{example.id}' twice: rows are joined by id, make them unique"
+            )
+        seen.add(example.id)

@@ -5,13 +5,17 @@ What comes in are bytes or a function that writes them; what goes out is a file 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import xxhash
 
 from softlabels.cache.format import TEMPORARY
@@ -88,3 +92,41 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def map_file(path: Path, size: int) -> pa.Buffer:
+    """The first `size` bytes of a file, mapped read-only for as long as the buffer or a view of it lives.
+
+    It keeps no file descriptor, of which a process commonly has 1,024: `pyarrow.memory_map` keeps one a file, and
+    Python's `mmap` duplicates the one that it is given.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+        if address in (None, _MAP_FAILED):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(handle)
+    return pa.foreign_buffer(address, size, base=_Mapping(address, size))
+
+
+class _Mapping:
+    """Owns mapped memory: what holds it as its base keeps the memory mapped."""
+
+    def __init__(self, address: int, size: int) -> None:
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False  # at exit, the system frees it
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,  # off_t
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value

@@ -9,9 +9,11 @@ from softlabels.cache.format import EXAMPLES, Manifest
 
 def describe(manifest: Manifest) -> dict[str, Any]:
     """Plain facts about a cache, for `softlabels info`."""
+    clipped = clipped_values(manifest)
     fields = {
         name: {"kind": spec.kind, "type": spec.type, "width": spec.width}
-        | ({"bytes": sum(manifest.shards[name].bytes)} if manifest.complete else {})
+        | ({"bytes": manifest.shards[name].total} if manifest.complete else {})
+        | ({"clipped": clipped[name]} if name in clipped else {})
         for name, spec in sorted(manifest.fields.items())
     }
     return {
@@ -27,7 +29,12 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "classes": manifest.teacher.label_names,
         "max_length": manifest.dump.max_length,
         "fields": fields,
-        "examples_bytes": sum(manifest.shards[EXAMPLES].bytes) if manifest.complete else None,
-        "bytes": sum(sum(table.bytes) for table in manifest.shards.values()) if manifest.complete else None,
+        "examples_bytes": manifest.shards[EXAMPLES].total if manifest.complete else None,
+        "bytes": sum(table.total for table in manifest.shards.values()) if manifest.complete else None,
         "versions": manifest.versions,
     }
+
+
+def clipped_values(manifest: Manifest) -> dict[str, int]:
+    """How many values of each field were clipped; fields without any are left out."""
+    return {name: table.clipped for name, table in sorted(manifest.shards.items()) if table.clipped}

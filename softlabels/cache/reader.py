@@ -6,28 +6,31 @@ mapped while it is among the most recently used.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from softlabels.cache.codec import DTYPES
+from softlabels.cache.codec import DTYPES, decode
+from softlabels.cache.files import map_file
 from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, read_manifest, shard_file
-from softlabels.cache.writer import examples_schema, field_schema
+from softlabels.cache.writer import SCALE, examples_schema, field_schema, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.types import NO_LABEL, Signals, TokenBatch
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
-_OPEN_SHARDS = 512  # mapped at a time; each holds a file descriptor, of which a process commonly has 1,024
+_OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -119,9 +122,16 @@ class Cache:
         """(N, width): a `row` field of every row, such as all logits."""
         if self.fields[field].kind != "row":
             raise ValueError(f"'{field}' has no value a row: read it batch by batch")
-        width = self.fields[field].width
-        tables = [self._shard(field, shard) for shard in self._all_shards()]
-        return np.concatenate([_flat(chunk).reshape(-1, width) for table in tables for chunk in table.column(0).chunks])
+        spec, parts = self.fields[field], []
+        for shard in self._all_shards():
+            table = self._shard(field, shard)
+            stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
+            if spec.type == "int8":
+                scales, channels = table.column(SCALE).to_numpy().copy(), self._channels_of(field, shard)
+                parts.append(decode(stored, spec, scales=scales, channels=channels[None]).numpy())
+            else:
+                parts.append(decode(stored, spec).numpy() if spec.type == "bfloat16" else stored)
+        return np.concatenate(parts)
 
     def used_ids(self, rows: np.ndarray) -> np.ndarray:
         """The distinct token ids of `rows`, sorted."""
@@ -133,6 +143,24 @@ class Cache:
     def identity(self) -> str:
         """One hash that two caches share only if they hold the same rows, fields and values."""
         return fingerprint([self.manifest.join, {name: t.xxh3_128 for name, t in self.manifest.shards.items()}])
+
+    def table(self, field: str, shard: int) -> pa.Table:
+        """A shard of a field (or of `examples`) as it lies on disk, mapped and checked."""
+        table = self._shard(field, shard)
+        if field in self.fields and self.fields[field].kind != "row":
+            self._column_lists(field, field, shard)  # as many values in every row as its tokens ask for
+        return table
+
+    def to_datasets(self, fields: Sequence[str] | None = None) -> datasets.Dataset:
+        """The cache as a `datasets.Dataset`, without a copy where that is possible; see `softlabels.cache.interop`."""
+        from softlabels.cache.interop import to_datasets
+
+        return to_datasets(self, fields)
+
+    def teacher_config(self) -> dict[str, Any]:
+        """The teacher's config.json; empty where the teacher ran elsewhere and left none."""
+        path = self.path / "teacher" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the cache."""
@@ -183,10 +211,35 @@ class Cache:
                 out[i, :, :length, :length] = (
                     self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
                 )
-        values = torch.from_numpy(out).float()
+        values = decode(out, spec, scales=self._scales(field, rows, lengths), channels=self._channels(field, rows))
         if spec.kind == "token" and spec.heads:
             return values.unflatten(2, (spec.heads, -1)).transpose(1, 2)  # (B, H, L, K)
         return values
+
+    def _scales(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """Of an int8 field the scale of every vector: (B, L) with zero padding, or (B,) of a row field."""
+        spec = self.fields[field]
+        if spec.type != "int8":
+            return None
+        if spec.kind == "row":
+            return np.concatenate([self._rows(field, shard, SCALE).row(row) for shard, row in self._places(rows)])
+        out = np.zeros((len(rows), int(lengths.max())), np.float32)
+        for i, (shard, row) in enumerate(self._places(rows)):
+            out[i, : lengths[i]] = self._column_lists(field, SCALE, shard).row(row)
+        return out
+
+    def _channels(self, field: str, rows: np.ndarray) -> np.ndarray | None:
+        """Of an int8 field (B, width): the channel scales of each row's shard."""
+        if self.fields[field].type != "int8":
+            return None
+        return np.stack([self._channels_of(field, shard) for shard, _ in self._places(rows)])
+
+    def _channels_of(self, field: str, shard: int) -> np.ndarray:
+        table, key = self._shard(field, shard), (field, shard, "channels")
+        if key not in self._lists:  # as a list column of one row
+            channels = read_channels(table.schema, self.fields[field].width, where=shard_file(self.path, field, shard))
+            self._lists[key] = _Lists([channels], [np.array([0, len(channels)])], np.array([0, 1]))
+        return self._lists[key].row(0)
 
     def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
         size = self.manifest.dump.shard_rows
@@ -220,13 +273,13 @@ class Cache:
             raise CacheError(
                 f"cache {self.path} lacks {path.name} of field '{field}': copy it from where the cache came from"
             ) from None
-        if size != self.manifest.shards[field].bytes[shard]:
+        if size != self.manifest.shards[field].size(shard):
             raise CacheError(
-                f"{path} has {size} bytes, not the {self.manifest.shards[field].bytes[shard]} that {MANIFEST} says: "
+                f"{path} has {size} bytes, not the {self.manifest.shards[field].size(shard)} that {MANIFEST} says: "
                 f"it is damaged"
             )
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = pa.ipc.open_file(map_file(path, size)).read_all()
             table.validate(full=True)  # offsets are bounds-checked here, before anything follows them
         except pa.ArrowInvalid as error:
             raise CacheError(f"{path} is damaged: {error}") from None
@@ -244,7 +297,9 @@ class Cache:
                 shard, vocab_size=card.vocab_size, token_types=card.token_types, text=self.manifest.dump.text
             )
         else:
-            wanted = field_schema(field, self.fields[field], shard)
+            spec = self.fields[field]
+            channels = read_channels(table.schema, spec.width, where=path) if spec.type == "int8" else None
+            wanted = field_schema(field, spec, shard, channels=channels)
         if not table.schema.equals(wanted, check_metadata=True) or any(column.null_count for column in table.columns):
             raise CacheError(
                 f"{path} does not have the columns that {MANIFEST} says: it is damaged or from another place"
@@ -272,30 +327,31 @@ class Cache:
             starts = [np.frombuffer(c.buffers()[1], np.int32)[c.offset : c.offset + len(c) + 1] for c in chunks]
             lists = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
             if field != EXAMPLES:
-                self._check_lengths(field, shard, lists)
+                self._check_lengths(field, shard, lists, values=1 if column == SCALE else None)
             self._lists[key] = lists
         return self._lists[key]
 
-    def _check_lengths(self, field: str, shard: int, lists: _Lists) -> None:
-        """Every row has as many values as its tokens ask for, or reshaping would mix rows."""
+    def _check_lengths(self, field: str, shard: int, lists: _Lists, *, values: int | None = None) -> None:
+        """Every row has as many values (`values` a token) as its tokens ask for, or reshaping would mix rows."""
         spec, first = self.fields[field], shard * self.manifest.dump.shard_rows
         tokens = self.lengths[first : first + self.manifest.shard_rows[shard]].astype(np.int64)
-        wanted = spec.width * (tokens if spec.kind == "token" else tokens * tokens)
+        wanted = (values or spec.width) * (tokens if spec.kind == "token" else tokens * tokens)
         if not np.array_equal(np.concatenate([np.diff(starts) for starts in lists.starts]), wanted):
             raise CacheError(
                 f"{shard_file(self.path, field, shard)} does not belong to the examples of this cache: row lengths "
                 f"differ"
             )
 
-    def _rows(self, field: str, shard: int) -> _Lists:
-        """A fixed-size column as lists of `width` values."""
+    def _rows(self, field: str, shard: int, column: str = "") -> _Lists:
+        """A column of as many values in every row, as lists: the field itself, or the scales of an int8 row field."""
         table = self._shard(field, shard)
-        key = (field, shard, "")
+        key = (field, shard, column)
         if key not in self._lists:
-            chunks, width = table.column(0).chunks, self.fields[field].width
+            chunks, width = table.column(column or field).chunks, 1 if column else self.fields[field].width
             bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)])
             starts = [np.arange(len(chunk) + 1) * width for chunk in chunks]
-            self._lists[key] = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
+            values = [chunk.to_numpy() if column else _flat(chunk) for chunk in chunks]
+            self._lists[key] = _Lists(values, starts, bounds)
         return self._lists[key]
 
     def _flat_column(self, column: str) -> np.ndarray:

@@ -2,31 +2,53 @@
 
 The teacher works through a shard sorted by length, the file keeps the corpus's order. Since the lengths are known
 before the forward pass, the place of every value in the file is too: the Arrow file is laid out with a hole where the
-values go, and each batch is written straight into its place. Memory holds a batch, whatever the shard's size.
+values go, and each batch is written straight into its place. Memory holds a batch, whatever the shard's size; of an
+int8 field also the first SAMPLE vectors of the shard, from which its channel scales are measured.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from torch import Tensor
 
-from softlabels.cache.codec import DTYPES
+from softlabels.cache.codec import (
+    DTYPES,
+    SAMPLE,
+    Overflow,
+    encode,
+    in_range,
+    measure_channels,
+    without_padding,
+)
 from softlabels.cache.files import hash_file, publish, temporary, write_file
-from softlabels.cache.format import EXAMPLES, LIST_LIMIT, VERSION, FieldSpec, Receipt, receipt_file, shard_file, to_json
+from softlabels.cache.format import (
+    EXAMPLES,
+    LIST_LIMIT,
+    VERSION,
+    FieldSpec,
+    Receipt,
+    receipt_file,
+    shard_file,
+    to_json,
+)
 from softlabels.errors import CacheError
 from softlabels.tokens import token_hash
 from softlabels.types import TokenizedExample
 
-_ARROW = {"float32": pa.float32(), "float16": pa.float16()}
+_ARROW = {"float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(), "int8": pa.int8()}
+SCALE = "scale"  # the column of an int8 field's scales
 
 
 def join_hash(examples: Sequence[TokenizedExample]) -> str:
@@ -37,16 +59,35 @@ def join_hash(examples: Sequence[TokenizedExample]) -> str:
     return hasher.hexdigest()
 
 
-def metadata(field: str, shard: int) -> dict[bytes, bytes]:
-    """The schema metadata by which a shard says what it is."""
-    return {b"softlabels": json.dumps({"field": field, "shard": shard, "version": VERSION}, sort_keys=True).encode()}
+def metadata(field: str, shard: int, *, channels: np.ndarray | None = None) -> dict[bytes, bytes]:
+    """The schema metadata by which a shard says what it is; `channels` are the channel scales of an int8 field."""
+    facts: dict[str, Any] = {"field": field, "shard": shard, "version": VERSION}
+    if channels is not None:
+        facts["channels"] = base64.b64encode(channels.astype("<f4").tobytes()).decode()
+    return {b"softlabels": json.dumps(facts, sort_keys=True).encode()}
 
 
-def field_schema(field: str, spec: FieldSpec, shard: int) -> pa.Schema:
+def field_schema(field: str, spec: FieldSpec, shard: int, *, channels: np.ndarray | None = None) -> pa.Schema:
     """The Arrow schema of a field's shard."""
     element = pa.field("item", _ARROW[spec.type], nullable=False)
     column = pa.list_(element, spec.width) if spec.kind == "row" else pa.list_(element)
-    return pa.schema([pa.field(field, column, nullable=False)], metadata=metadata(field, shard))
+    columns = [pa.field(field, column, nullable=False)]
+    if spec.type == "int8":
+        scale = pa.float32() if spec.kind == "row" else _list_type(pa.float32())
+        columns.append(pa.field(SCALE, scale, nullable=False))
+    return pa.schema(columns, metadata=metadata(field, shard, channels=channels))
+
+
+def read_channels(schema: pa.Schema, width: int, *, where: Path) -> np.ndarray:
+    """(width,) the channel scales in the metadata of an int8 field's shard; CacheError where none fit."""
+    try:
+        facts = json.loads((schema.metadata or {}).get(b"softlabels", b"{}"))
+        channels = np.frombuffer(base64.b64decode(facts["channels"], validate=True), "<f4").copy()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        channels = np.empty(0, np.float32)
+    if len(channels) != width or not bool(np.all((channels > 0) & np.isfinite(channels))):
+        raise CacheError(f"{where} has no {width} channel scales in its schema's metadata: it is damaged")
+    return channels
 
 
 def batch_bounds(counts: np.ndarray, *, limit: int = LIST_LIMIT) -> list[int]:
@@ -65,16 +106,23 @@ def batch_bounds(counts: np.ndarray, *, limit: int = LIST_LIMIT) -> list[int]:
 
 
 class _Layout:
-    """A file that pyarrow writes an IPC file to; the bytes of `hole` are skipped and their position kept."""
+    """A file that pyarrow writes an IPC file to; the bytes of `holes` are skipped and their positions kept."""
 
     def __init__(self, handle: int) -> None:
         self.handle, self.position, self.closed = handle, 0, False
-        self.hole, self.hole_at = 0, -1  # address of the buffer to skip, where it belongs in the file
+        self.holes: dict[int, int] = {}  # address of a buffer to skip → where it belongs in the file
+
+    def hole(self, size: int) -> pa.Buffer:
+        """Memory that is never touched takes no room, nor is any promised; it only stands for `size` bytes."""
+        untouched = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+        buffer = pa.py_buffer(untouched)
+        self.holes[buffer.address] = 0
+        return buffer.slice(0, size)
 
     def write(self, data: pa.Buffer | bytes) -> int:
         size = len(data)
-        if isinstance(data, pa.Buffer) and data.address == self.hole and size:
-            self.hole_at = self.position
+        if isinstance(data, pa.Buffer) and data.address in self.holes and size:
+            self.holes[data.address] = self.position
         else:
             view = memoryview(data)
             while len(view):
@@ -91,68 +139,152 @@ class _Layout:
         self.closed = True
 
 
+class _Column:
+    """One column of numbers while it is laid out: how many elements each row has, and where they go in the file."""
+
+    def __init__(self, kind: pa.DataType, element: np.dtype, counts: np.ndarray) -> None:
+        self.kind, self.element, self.counts = kind, element, counts
+        self.places = np.zeros(len(counts), dtype=np.int64)  # byte position of every row
+
+    def array(self, layout: _Layout, start: int, stop: int) -> pa.Array:
+        """The column of one record batch, rows `start` to `stop`, over a hole."""
+        ends = np.cumsum(self.counts[start:stop])
+        total = int(ends[-1])
+        hole = layout.hole(total * self.element.itemsize)
+        if not pa.types.is_list(self.kind) and not pa.types.is_fixed_size_list(self.kind):
+            return pa.Array.from_buffers(self.kind, total, [None, hole])
+        flat = pa.Array.from_buffers(self.kind.value_type, total, [None, hole])
+        offsets = pa.py_buffer(np.concatenate([[0], ends]).astype(np.int32))
+        buffers = [None, offsets] if pa.types.is_list(self.kind) else [None]
+        return pa.Array.from_buffers(self.kind, stop - start, buffers, children=[flat])
+
+    def settle(self, first_byte: int, start: int, stop: int) -> None:
+        """Where the hole of rows `start` to `stop` came to lie."""
+        counts = self.counts[start:stop]
+        self.places[start:stop] = first_byte + (np.cumsum(counts) - counts) * self.element.itemsize
+
+
 class FieldShard:
-    """One shard of one field while it is written. `put` rows in any order, then `commit`; or `discard`."""
+    """One shard of one field while it is written. `write` batches in any order, then `commit`; or `discard`."""
 
     def __init__(
-        self, folder: Path, field: str, spec: FieldSpec, *, shard: int, tokens: np.ndarray, limit: int = LIST_LIMIT
+        self,
+        folder: Path,
+        field: str,
+        spec: FieldSpec,
+        *,
+        shard: int,
+        tokens: np.ndarray,
+        overflow: Overflow = "refuse",
+        limit: int = LIST_LIMIT,
     ) -> None:
         self.path = shard_file(folder, field, shard)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.receipt_path = receipt_file(folder, field, shard)
-        self.spec, self.tokens = spec, tokens
+        self.field, self.spec, self.shard, self.tokens, self.overflow = field, spec, shard, tokens, overflow
         self.counts = np.array([spec.values(int(length)) for length in tokens], dtype=np.int64)
+        self.bounds = batch_bounds(self.counts, limit=limit)
         self.written = np.zeros(len(tokens), dtype=bool)
+        self.clipped = 0
+        self.channels: np.ndarray | None = None  # (width,) of int8, once they are measured
+        self._waiting: list[_Batch] = []  # of int8, until then
+        schema = field_schema(field, spec, shard)
+        self._columns = [_Column(schema.field(0).type, DTYPES[spec.type], self.counts)]
+        if spec.type == "int8":
+            scales = np.ones(len(tokens), np.int64) if spec.kind == "row" else tokens.astype(np.int64)
+            self._columns.append(_Column(schema.field(1).type, np.dtype("<f4"), scales))
         self.handle = os.open(temporary(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            self.places = self._lay_out(field_schema(field, spec, shard), limit)  # byte position of every row's values
+            self._lay_out()
         except BaseException:
             self.discard()
             raise
 
-    def _lay_out(self, schema: pa.Schema, limit: int) -> np.ndarray:
-        size = DTYPES[self.spec.type].itemsize
-        places = np.zeros(len(self.counts), dtype=np.int64)
+    def _lay_out(self) -> None:
+        """Write all of the file but the values. Done again with other channel scales, it changes nothing else."""
+        # placeholders of the same length, until the real ones are known
+        channels = np.ones(self.spec.width, np.float32) if self.channels is None else self.channels
+        schema = field_schema(
+            self.field, self.spec, self.shard, channels=channels if self.spec.type == "int8" else None
+        )
         layout = _Layout(self.handle)
-        bounds = batch_bounds(self.counts, limit=limit)
         with pa.ipc.new_file(pa.PythonFile(layout, mode="w"), schema) as writer:
-            for start, stop in itertools.pairwise(bounds):
-                ends = np.cumsum(self.counts[start:stop])
-                total = int(ends[-1])
-                # memory that is never touched takes no room; it only stands for the values in the layout
-                values = pa.py_buffer(mmap.mmap(-1, max(total * size, 1)))
-                layout.hole = values.address
-                writer.write_batch(pa.record_batch([self._column(schema, values, ends, total)], schema=schema))
-                places[start:stop] = layout.hole_at + (ends - self.counts[start:stop]) * size
+            for start, stop in itertools.pairwise(self.bounds):
+                layout.holes = {}
+                arrays = [column.array(layout, start, stop) for column in self._columns]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+                for column, place in zip(self._columns, layout.holes.values(), strict=True):
+                    column.settle(place, start, stop)
         os.ftruncate(self.handle, layout.position)
         self.size = layout.position
-        return places
 
-    def _column(self, schema: pa.Schema, values: pa.Buffer, ends: np.ndarray, total: int) -> pa.Array:
-        flat = pa.Array.from_buffers(
-            _ARROW[self.spec.type], total, [None, values.slice(0, total * DTYPES[self.spec.type].itemsize)]
+    def write(self, rows: np.ndarray, values: Tensor, *, ids: Sequence[str]) -> None:
+        """Write the padded batch `values` (B, …), as a capture gives it, to `rows`.
+
+        CacheError names those of `ids` (B) that have values which the field's type cannot hold.
+        """
+        values, clipped = in_range(
+            without_padding(values, self.spec, self.tokens[rows]),
+            self.spec,
+            field=self.field,
+            ids=ids,
+            overflow=self.overflow,
         )
-        column = schema.field(0).type
-        if self.spec.kind == "row":
-            return pa.Array.from_buffers(column, len(ends), [None], children=[flat])
-        offsets = np.concatenate([[0], ends]).astype(np.int32)
-        return pa.Array.from_buffers(column, len(ends), [None, pa.py_buffer(offsets)], children=[flat])
+        self.clipped += clipped
+        batch = _Batch(rows, values)
+        if self.spec.type == "int8" and self.channels is None:
+            self._waiting.append(batch)
+            vectors = self.tokens if self.spec.kind == "token" else np.ones(len(self.tokens), np.int64)
+            if sum(int(vectors[waiting.rows].sum()) for waiting in self._waiting) < SAMPLE:
+                return
+            self._measure()
+        else:
+            self._write(batch)
 
-    def put(self, row: int, values: np.ndarray) -> None:
-        """Write row `row`, in the field's type and as many values as its length asks for."""
-        data = np.ascontiguousarray(values, dtype=DTYPES[self.spec.type])
-        if data.size != self.counts[row]:
-            raise ValueError(f"row {row} needs {self.counts[row]} values, got {data.size}")
-        view, place = memoryview(data.data).cast("B"), int(self.places[row])
-        while len(view):
-            count = os.pwrite(self.handle, view, place)
-            view, place = view[count:], place + count
+    def _measure(self) -> None:
+        """Fix the channel scales by the vectors that came first, and write what waited for them."""
+        waiting, self._waiting = self._waiting, []
+        sample = [
+            vectors[: self.tokens[row]] if self.spec.kind == "token" else vectors[None]
+            for batch in waiting
+            for row, vectors in zip(batch.rows.tolist(), batch.values.float().cpu().numpy(), strict=True)
+        ]
+        self.channels = measure_channels(sample, self.spec.width)
+        for batch in waiting:
+            self._write(batch)
+
+    def _write(self, batch: _Batch) -> None:
+        encoded = encode(batch.values, self.spec, channels=self.channels)
+        for i, row in enumerate(batch.rows.tolist()):
+            length = int(self.tokens[row])
+            values, scales = encoded.values[i], None if encoded.scales is None else encoded.scales[i]
+            if self.spec.kind == "token":
+                values, scales = values[:length], None if scales is None else scales[:length]
+            elif self.spec.kind == "pair":
+                values = values[:, :length, :length]
+            self.put(row, values, scales=scales)
+
+    def put(self, row: int, values: np.ndarray, *, scales: np.ndarray | None = None) -> None:
+        """Write row `row`, in the field's stored type and as many values as its length asks for."""
+        for column, given in zip(self._columns, [values] if scales is None else [values, scales], strict=True):
+            # a float is never cast to the integers that stand for one
+            data = np.ascontiguousarray(np.asarray(given).astype(column.element, casting="same_kind", copy=False))
+            if data.size != column.counts[row]:
+                raise ValueError(f"row {row} needs {column.counts[row]} values, got {data.size}")
+            view, place = data.data.cast("B"), int(column.places[row])
+            while len(view):
+                count = os.pwrite(self.handle, view, place)
+                view, place = view[count:], place + count
         self.written[row] = True
 
     def commit(self, join: str) -> Receipt:
         """Sync, give the file its name, then write the receipt: its existence says that the shard is whole."""
+        if self._waiting:
+            self._measure()
         if not self.written.all():
             raise ValueError(f"{int((~self.written).sum())} rows of {self.path} were never written")
+        if self.channels is not None:
+            self._lay_out()
         os.fsync(self.handle)
         receipt = Receipt(
             rows=len(self.tokens),
@@ -160,6 +292,7 @@ class FieldShard:
             bytes=self.size,
             xxh3_128=hash_file(temporary(self.path)),
             join=join,
+            clipped=self.clipped,
         )
         os.close(self.handle)
         self.handle = -1
@@ -169,10 +302,19 @@ class FieldShard:
 
     def discard(self) -> None:
         """Forget the shard; nothing of it stays."""
+        self._waiting = []
         if self.handle >= 0:
             os.close(self.handle)
             self.handle = -1
             temporary(self.path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some rows of a shard, their values in range and without what was in the padding."""
+
+    rows: np.ndarray
+    values: Tensor
 
 
 def examples_schema(shard: int, *, vocab_size: int, token_types: bool, text: bool) -> pa.Schema:

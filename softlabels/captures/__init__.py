@@ -23,7 +23,7 @@ from softlabels.config import suggest
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.types import TokenBatch
 
-Codec = Literal["float32", "float16"]
+Codec = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class Capture(Protocol):

@@ -6,11 +6,17 @@ from torch import Tensor
 
 from softlabels.cache.format import FieldSpec
 from softlabels.captures.forward import Forward, Request
+from softlabels.errors import ConfigError
 from softlabels.types import layer_field
 
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
     """`attention.06`: H maps of L·L values a row."""
+    if codec == "int8":
+        raise ConfigError(
+            "--codec int8 keeps a scale for each vector, and attention maps have none: dump them with --codec float16, "
+            "or capture qkv:LAYERS, from which the maps follow"
+        )
     specs = {}
     for name, maps in take(request, forward).items():
         heads = maps.shape[1]
