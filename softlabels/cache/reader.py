@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from softlabels.cache.codec import DTYPES, decode
+from softlabels.cache.batches import BatchReader, CacheBatch
+from softlabels.cache.codec import decode
 from softlabels.cache.files import map_file
 from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, read_manifest, shard_file
+from softlabels.cache.gather import Buffers, FreshBuffers
+from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.cache.writer import SCALE, examples_schema, field_schema, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
+from softlabels.tokens import shuffled_batches, windowed_batches
 from softlabels.types import NO_LABEL, Signals, TokenBatch
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def open_cache(path: str | Path) -> Cache:
     return Cache(folder, manifest)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Lists:
     """A list column of one shard: row r's values are `values[starts[r]:starts[r + 1]]` of record batch `batch[r]`."""
 
@@ -127,7 +130,7 @@ class Cache:
             table = self._shard(field, shard)
             stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
             if spec.type == "int8":
-                scales, channels = table.column(SCALE).to_numpy().copy(), self._channels_of(field, shard)
+                scales, channels = table.column(SCALE).to_numpy().copy(), self.channels_of(field, shard)
                 parts.append(decode(stored, spec, scales=scales, channels=channels[None]).numpy())
             else:
                 parts.append(decode(stored, spec).numpy() if spec.type == "bfloat16" else stored)
@@ -170,71 +173,71 @@ class Cache:
 
     # ------------------------------------------------------------------------------------------------- batches
 
-    def tokens(self, rows: np.ndarray) -> TokenBatch:
+    def tokens(self, rows: Sequence[int] | np.ndarray) -> TokenBatch:
         """The padded token batch of `rows`."""
-        lengths = self.lengths[rows]
-        shape = (len(rows), int(lengths.max()))
-        ids = np.full(shape, self.manifest.teacher.pad_token_id, dtype=np.int64)
-        types = np.zeros(shape, dtype=np.int64) if self.manifest.teacher.token_types else None
-        for i, (shard, row) in enumerate(self._places(rows)):
-            ids[i, : lengths[i]] = self._column_lists(EXAMPLES, "input_ids", shard).row(row)
-            if types is not None:
-                types[i, : lengths[i]] = self._column_lists(EXAMPLES, "token_type_ids", shard).row(row)
-        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)  # (B, L)
-        return TokenBatch(
-            torch.from_numpy(ids),
-            torch.from_numpy(mask),
-            None if types is None else torch.from_numpy(types),
-            torch.from_numpy(self.labels[rows]),
-        )
+        return self.reader.tokens(self.reader.select(rows), FreshBuffers())
 
-    def signals(self, rows: np.ndarray, fields: Sequence[str]) -> Signals:
+    def signals(self, rows: Sequence[int] | np.ndarray, fields: Sequence[str]) -> Signals:
         """The teacher's `fields` for `rows` as padded float32 tensors; padding is zero."""
+        reader, out = self.reader, FreshBuffers()
+        chosen = reader.select(rows)
+        tensors = reader.signals(chosen, fields, out, as_stored=False, threads=1)
+        return Signals(tensors, reader.mask(chosen, out), reader.labels(chosen, out))
+
+    def batch(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        *,
+        out: Buffers | None = None,
+        as_stored: bool = False,
+        threads: int = 1,
+    ) -> CacheBatch:
+        """`tokens` and `signals` of `rows` at once.
+
+        `out` takes memory that is used again: the batch is then good until the next one is built in it. `as_stored`
+        hands out float16 and bfloat16 as they are, for a device to widen them; int8 comes as float32 all the same.
+        `threads` share the copying of long rows.
+        """
+        return self.reader.batch(rows, fields, out=out or FreshBuffers(), as_stored=as_stored, threads=threads)
+
+    def loader(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        window: int | None = None,
+        options: LoadOptions | None = None,
+    ) -> CacheLoader:
+        """One epoch of training over `rows`: shuffled batches of similar lengths, read ahead by a thread.
+
+        The order follows from `seed` and `epoch` alone. `window` shuffles within that many shards at a time instead of
+        all, for a cache that is larger than memory and on a disk that is slow at random reads; what this does to the
+        mixing is said at `softlabels.tokens.windowed_batches`.
+        """
+        rows, rng = np.asarray(rows, np.int64), np.random.default_rng([seed, epoch])
         lengths = self.lengths[rows]
-        mask = torch.from_numpy((np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64))
-        tensors = {field: self._padded(field, rows, lengths) for field in fields}
-        return Signals(tensors, mask, torch.from_numpy(self.labels[rows]))
+        if window is None:
+            batches = shuffled_batches(lengths, batch_size=batch_size, rng=rng)
+        else:
+            shards = rows // self.manifest.dump.shard_rows
+            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window)
+        return CacheLoader(self, [rows[numbers] for numbers in batches], fields, options or LoadOptions())
 
-    def _padded(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-        spec, longest = self.fields[field], int(lengths.max())
-        shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[
-            spec.kind
-        ]
-        out = np.zeros((len(rows), *shape), dtype=DTYPES[spec.type])
-        for i, (shard, row) in enumerate(self._places(rows)):
-            length = int(lengths[i])
-            if spec.kind == "row":
-                out[i] = self._rows(field, shard).row(row)
-            elif spec.kind == "token":
-                out[i, :length] = self._column_lists(field, field, shard).row(row).reshape(length, spec.width)
-            else:
-                out[i, :, :length, :length] = (
-                    self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
-                )
-        values = decode(out, spec, scales=self._scales(field, rows, lengths), channels=self._channels(field, rows))
-        if spec.kind == "token" and spec.heads:
-            return values.unflatten(2, (spec.heads, -1)).transpose(1, 2)  # (B, H, L, K)
-        return values
+    @cached_property
+    def reader(self) -> BatchReader:
+        """Builds the batches."""
+        return BatchReader(self, open_shards=_OPEN_SHARDS)
 
-    def _scales(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-        """Of an int8 field the scale of every vector: (B, L) with zero padding, or (B,) of a row field."""
-        spec = self.fields[field]
-        if spec.type != "int8":
-            return None
-        if spec.kind == "row":
-            return np.concatenate([self._rows(field, shard, SCALE).row(row) for shard, row in self._places(rows)])
-        out = np.zeros((len(rows), int(lengths.max())), np.float32)
-        for i, (shard, row) in enumerate(self._places(rows)):
-            out[i, : lengths[i]] = self._column_lists(field, SCALE, shard).row(row)
-        return out
+    def __reduce__(self) -> tuple[Callable[[Path], Cache], tuple[Path]]:
+        """To another process goes the path: it maps the files itself, and shares their memory."""
+        return open_cache, (self.path,)
 
-    def _channels(self, field: str, rows: np.ndarray) -> np.ndarray | None:
-        """Of an int8 field (B, width): the channel scales of each row's shard."""
-        if self.fields[field].type != "int8":
-            return None
-        return np.stack([self._channels_of(field, shard) for shard, _ in self._places(rows)])
-
-    def _channels_of(self, field: str, shard: int) -> np.ndarray:
+    def channels_of(self, field: str, shard: int) -> np.ndarray:
+        """(width,) the channel scales of a shard of an int8 field."""
         table, key = self._shard(field, shard), (field, shard, "channels")
         if key not in self._lists:  # as a list column of one row
             channels = read_channels(table.schema, self.fields[field].width, where=shard_file(self.path, field, shard))
@@ -317,6 +320,12 @@ class Cache:
             raise CacheError(f"{path} has token ids beyond the vocabulary of {card.vocab_size}: it is damaged")
         if len(real) and (real.min() < 0 or real.max() >= len(card.label_names)):
             raise CacheError(f"{path} has labels beyond the {len(card.label_names)} classes: it is damaged")
+
+    def column_lists(self, field: str, column: str, shard: int) -> _Lists:
+        """A column of one shard, its rows' lengths checked: of `examples`, a field itself, or its scales."""
+        if field != EXAMPLES and self.fields[field].kind == "row":
+            return self._rows(field, shard, "" if column == field else column)
+        return self._column_lists(field, column, shard)
 
     def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
         table = self._shard(field, shard)
