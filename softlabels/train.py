@@ -266,10 +266,10 @@ def _validate(
         return {}
     total = 0.0
     rows = [split.held_out[numbers] for numbers in batches_by_length(cache.lengths[split.held_out], batch_size=64)]
-    for batch in CacheLoader(cache, rows, objective.fields(), LoadOptions(reuse=True)):
-        batch = batch.to(device)
-        loss, _ = objective(_forward(student, batch.tokens), batch.teacher, progress=1.0)
-        total += loss.item() * len(batch.rows)
+    for held_out in CacheLoader(cache, rows, objective.fields(), LoadOptions(reuse=True)):
+        moved = held_out.to(device)
+        loss, _ = objective(_forward(student, moved.tokens), moved.teacher, progress=1.0)
+        total += loss.item() * len(moved.rows)
     return {"loss": total / len(split.held_out)}
 
 

@@ -47,10 +47,10 @@ class CacheLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Generator[CacheBatch]:
+    def __iter__(self) -> Generator[CacheBatch, None, None]:
         return _prefetched(self._build(), _READY) if self.options.prefetch else self._build()
 
-    def _build(self) -> Generator[CacheBatch]:
+    def _build(self) -> Generator[CacheBatch, None, None]:
         options, reader = self.options, self.cache.reader
         # one in use, one being built, and those that wait
         memory = [Buffers(pin=options.pin) for _ in range(2 + _READY if options.prefetch else 1)]
@@ -72,7 +72,7 @@ class _End:
     error: BaseException | None
 
 
-def _prefetched(batches: Iterator[CacheBatch], ready: int) -> Generator[CacheBatch]:
+def _prefetched(batches: Iterator[CacheBatch], ready: int) -> Generator[CacheBatch, None, None]:
     """`batches`, built by a thread that is ahead by `ready`. It ends with this iterator, finished or dropped."""
     waiting: queue.Queue[CacheBatch | _End] = queue.Queue(ready)
     dropped = threading.Event()
