@@ -24,6 +24,7 @@ from softlabels.cache.gather import (
     copy_rows,
     in_parts,
     take_short_rows,
+    widen_rows,
 )
 from softlabels.cache.places import Found, MappedColumn, RowPlaces, Run, physical_memory
 from softlabels.cache.writer import SCALE
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from softlabels.cache.reader import Cache
 
 _STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_DECODED_AT_ONCE = 512 << 10  # bytes of stored values: they are still in the processor's cache when they are decoded
+_DECODED_AT_ONCE = 1 << 20  # bytes of stored values: they are still in the processor's cache when they are decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +264,9 @@ class _Job:
         if self.tensor.dtype == self.stored:
             self._copy(self.tensor[start:stop], start, stop)
             return
+        if self.spec.kind == "token" and not self.short:
+            self._widen(start, stop)
+            return
         shape = self.tensor.shape[1:]
         step = max(1, _DECODED_AT_ONCE // max(shape.numel() * self.stored.itemsize, 1))
         for first in range(start, stop, step):
@@ -270,6 +274,20 @@ class _Job:
             stored = _scratch().take("stored", (last - first, *shape), self.stored)
             self._copy(stored, first, last)
             self._decode(stored, first, last)
+
+    def _widen(self, start: int, stop: int) -> None:
+        """Long rows of a token field, each decoded on its way."""
+        row = self.tensor.stride(0) * 4
+        sizes = self.counts[start:stop] * 4
+        places = self.tensor.data_ptr() + np.arange(start, stop) * row
+        copies = Copies(places, self.found.addresses[start:stop], sizes, row - sizes)
+        if self.scales is None or self.channels is None:
+            widen_rows(copies, self.stored, self.spec.width)
+            return
+        scales = self.scales[start:stop].unbind()  # of (L, 1)
+        channels = self.channels[:, 0].unbind()  # of (width,)
+        parts = channels[start:stop] if len(channels) > 1 else channels * (stop - start)
+        widen_rows(copies, self.stored, self.spec.width, scales=scales, channels=parts)
 
     def _decode(self, stored: torch.Tensor, start: int, stop: int) -> None:
         """As `codec.decode` does it, into place."""

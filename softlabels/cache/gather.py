@@ -11,7 +11,7 @@ import itertools
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +23,13 @@ _LOWEST = 4096  # nothing is ever mapped below; numpy takes address 0 for no mem
 _EXTENT = (ctypes.c_ubyte * (2**56)).from_address(_LOWEST)  # all addresses; nothing is allocated
 _MEMORY = memoryview(_EXTENT).cast("B")
 _ELEMENTS = {size: np.frombuffer(_MEMORY, np.dtype(f"u{size}")) for size in (1, 2, 4, 8)}
+_TENSORS = {
+    torch.int8: torch.from_numpy(_ELEMENTS[1].view(np.int8)),
+    torch.float16: torch.from_numpy(_ELEMENTS[2].view(np.float16)),
+    torch.bfloat16: torch.from_numpy(_ELEMENTS[2].view(np.int16)).view(torch.bfloat16),
+    torch.float32: torch.from_numpy(_ELEMENTS[4].view(np.float32)),
+}
+_PIECE = 32_768  # numbers: more than that, torch would share out among threads of its own, which costs more here
 _PAGE = mmap.PAGESIZE
 
 
@@ -110,6 +117,49 @@ def copy_rows(copies: Copies, *, shared: bool) -> None:
         memory[start:end] = memory[first:last]
         if padding:
             memory[end:stop] = zeros[:padding]
+
+
+def widen_rows(
+    copies: Copies,
+    stored: torch.dtype,
+    width: int,
+    *,
+    scales: Sequence[torch.Tensor] | None = None,
+    channels: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """As `copy_rows`, with vectors of `width` `stored` numbers at the source and float32 at the target.
+
+    `size` is that of the target. int8 is multiplied by a row's `scales` (L, 1) and then by its `channels` (width,), as
+    the format says. A piece is widened while it is in the processor's nearest cache; other threads run meanwhile.
+    """
+    wide, memory = _TENSORS[torch.float32], _TENSORS[stored]
+    row, first, last = _pieces(copies.size // (4 * width), max(_PIECE // width, 1))
+    target = (copies.target[row] - _LOWEST) // 4
+    source = (copies.source[row] - _LOWEST) // stored.itemsize
+    places = zip(
+        (target + first * width).tolist(),
+        (target + last * width).tolist(),
+        (source + first * width).tolist(),
+        (source + last * width).tolist(),
+        strict=True,
+    )
+    if scales is None or channels is None:
+        for start, stop, begin, end in places:
+            wide[start:stop].copy_(memory[begin:end])
+    else:
+        for (start, stop, begin, end), i, j, k in zip(places, row.tolist(), first.tolist(), last.tolist(), strict=True):
+            values = wide[start:stop].copy_(memory[begin:end]).view(-1, width)
+            values.mul_(scales[i][j:k]).mul_(channels[i])
+    ends = (copies.target + copies.size).tolist()
+    deque(map(_memset, ends, itertools.repeat(0), copies.padding.tolist()), maxlen=0)
+
+
+def _pieces(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `lengths` in pieces of `most` at the most: the row, the first and the end of each piece."""
+    counts = -(-lengths // most)
+    row = np.repeat(np.arange(len(lengths)), counts)
+    first = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * most
+    return row, first, np.minimum(first + most, lengths[row])
 
 
 def array_at(address: int, count: int, element: np.dtype) -> np.ndarray:

@@ -423,10 +423,10 @@ def run_work(name: str, folder: Path, *, small: bool) -> None:
     check_equal(work, readers)
     if name == "w1":
         readers["cache, float16 given as float32"] = ours(work, folder / "ours", as_stored=False)
-        eight = Work(**{k: getattr(work, k) for k in ("name", "rows", "batch", "batches", "lengths", "shard_rows", "ids")},
-                     columns=work.columns)  # fmt: skip
-        write_int8(eight, folder / "int8")
+        readers["  the same, 2 threads"] = ours(work, folder / "ours", as_stored=False, threads=2)
+        write_int8(work, folder / "int8")
         readers["cache, int8 given as float32"] = ours(work, folder / "int8", as_stored=False)
+        readers["  the same, 2 threads "] = ours(work, folder / "int8", as_stored=False, threads=2)
     speeds = take_turns(work, readers)
     table(f"{name.upper()}, warm", speeds, base="gather by hand")
     del readers
@@ -611,9 +611,7 @@ def main() -> None:
     if given.cold_child:
         cold_child(given.cold_child, given.folder, given.seed, small=given.small)
         return
-    print(
-        f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, numpy {np.__version__}"
-    )
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, numpy {np.__version__}")
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         for part in given.only.split(","):
             place = Path(name) / part
