@@ -61,13 +61,14 @@ class CacheBatch:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rows:
     """The rows of one batch and their lengths."""
 
     numbers: np.ndarray  # (B,) int64
     lengths: np.ndarray  # (B,) int64
     longest: int
+    total: int  # of the lengths
     asked: bool  # their pages were asked for, some batches ago
 
 
@@ -93,7 +94,7 @@ class BatchReader:
                 f"the cache has rows 0 to {self.cache.rows - 1}, asked for {numbers.min()} to {numbers.max()}"
             )
         lengths = self.cache.lengths[numbers].astype(np.int64)
-        return _Rows(numbers, lengths, int(lengths.max()), asked)
+        return _Rows(numbers, lengths, int(lengths.max()), int(lengths.sum()), asked)
 
     def batch(
         self,
@@ -125,6 +126,8 @@ class BatchReader:
 
     def mask(self, rows: _Rows, out: Buffers) -> torch.Tensor:
         mask = out.take("mask", (len(rows.numbers), rows.longest), torch.int64)  # (B, L)
+        if rows.total == mask.numel():
+            return mask.fill_(1)
         np.less(np.arange(rows.longest), rows.lengths[:, None], out=mask.numpy(), casting="unsafe")
         return mask
 
@@ -233,8 +236,8 @@ class BatchReader:
         padding: int = 0,
     ) -> None:
         """Fill `out` (B, N) with the column's elements, all at once."""
-        sizes = (out.shape[1] if counts is None else counts) * element.itemsize
-        found = self.column(field, name).find(rows.numbers, np.broadcast_to(sizes, rows.numbers.shape))
+        places = self.column(field, name)
+        found = places.find(rows.numbers, rows.lengths * element.itemsize)  # a few more bytes than a row field has
         take_short_rows(found.addresses, counts, out, element, padding=padding)
 
 
@@ -257,7 +260,9 @@ class _Job:
         self.spec, self.rows, self.tensor, self.found = spec, rows, tensor, found
         self.counts, self.sizes, self.scales, self.channels, self.shared = counts, sizes, scales, channels, shared
         self.stored = _STORED[spec.type]
-        self.short = spec.kind != "pair" and int(sizes.sum()) < SHORT * len(sizes)
+        self.ragged = spec.kind != "row" and rows.total < rows.longest * len(sizes)
+        values = spec.width * {"row": len(sizes), "token": rows.total, "pair": 0}[spec.kind]
+        self.short = spec.kind != "pair" and values * self.stored.itemsize < SHORT * len(sizes)
 
     def run(self, start: int, stop: int) -> None:
         """Rows `start` to `stop` of the batch."""
@@ -280,7 +285,8 @@ class _Job:
         row = self.tensor.stride(0) * 4
         sizes = self.counts[start:stop] * 4
         places = self.tensor.data_ptr() + np.arange(start, stop) * row
-        copies = Copies(places, self.found.addresses[start:stop], sizes, row - sizes)
+        padding = row - sizes if self.ragged else None
+        copies = Copies(places, self.found.addresses[start:stop], sizes, padding)
         if self.scales is None or self.channels is None:
             widen_rows(copies, self.stored, self.spec.width)
             return
@@ -307,9 +313,9 @@ class _Job:
             self._copy_maps(target, start, stop)
         else:
             size = target.nbytes // count
-            sizes = self.sizes[start:stop]
-            places = target.data_ptr() + np.arange(count) * size
-            copy_rows(Copies(places, addresses, sizes, size - sizes), shared=self.shared)
+            first = target.data_ptr()
+            sizes, places = self.sizes[start:stop], np.arange(first, first + count * size, size)
+            copy_rows(Copies(places, addresses, sizes, size - sizes if self.ragged else None), shared=self.shared)
 
     def _copy_maps(self, target: torch.Tensor, start: int, stop: int) -> None:
         """Maps of L x L values into the corner of maps that are as large as the longest row's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import mmap
 import os
 from collections import deque
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 SHORT = 2048  # bytes a row: below, a gather of all elements at once beats a copy a row
+_LOOPED = 192  # elements a row: above, a slice assignment a row beats that gather
 _LOWEST = 4096  # nothing is ever mapped below; numpy takes address 0 for no memory at all
 _EXTENT = (ctypes.c_ubyte * (2**56)).from_address(_LOWEST)  # all addresses; nothing is allocated
 _MEMORY = memoryview(_EXTENT).cast("B")
@@ -33,14 +35,14 @@ _PIECE = 32_768  # numbers: more than that, torch would share out among threads 
 _PAGE = mmap.PAGESIZE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a microsecond, and a batch makes some
 class Copies:
-    """Rows to copy: `size[i]` bytes from address `source[i]` to `target[i]`, then `padding[i]` bytes of zeros."""
+    """Rows to copy: `size[i]` bytes from `source[i]` to `target[i]`, then `padding[i]` bytes of zeros, if any."""
 
     target: np.ndarray
     source: np.ndarray
     size: np.ndarray
-    padding: np.ndarray
+    padding: np.ndarray | None
 
 
 class Buffers:
@@ -52,18 +54,21 @@ class Buffers:
     def __init__(self, *, pin: bool = False) -> None:
         self.pin = pin
         self._blocks: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of `shape` with whatever values; the memory grows to the largest shape asked for."""
-        count = 1
-        for size in shape:
-            count *= size
+        last = self._last.get((name, dtype))
+        if last is not None and last.shape == shape:
+            return last
+        count = math.prod(shape)
         block = self._blocks.get((name, dtype))
         if block is None or len(block) < count:
             room = count if block is None else max(count, len(block) * 5 // 4)  # few steps to the longest batch
             block = torch.empty(room, dtype=dtype, pin_memory=self.pin)
             self._blocks[name, dtype] = block
-        return block[:count].view(shape)
+        tensor = self._last[name, dtype] = block[:count].view(shape)
+        return tensor
 
 
 class FreshBuffers(Buffers):
@@ -82,9 +87,16 @@ def take_short_rows(
     meaning, unless `out` is wider.
     """
     places = (source - _LOWEST) // element.itemsize
-    columns = np.arange(out.shape[1])
     memory = _ELEMENTS[element.itemsize]
     bits = out if out.dtype != element else out.view(memory.dtype)
+    width = out.shape[1]
+    if counts is not None and width > _LOOPED:
+        for i, (place, count) in enumerate(zip(places.tolist(), counts.tolist(), strict=True)):
+            bits[i, :count] = memory[place : place + count]
+            if count < width:
+                out[i, count:] = padding
+        return
+    columns = np.arange(width)
     if counts is None:
         bits[...] = memory[places[:, None] + columns]
         return
@@ -98,25 +110,26 @@ def copy_rows(copies: Copies, *, shared: bool) -> None:
     """Do `copies`. `shared`: let other threads of this process run meanwhile, which costs a little a row."""
     if shared:
         target, source, size = (part.tolist() for part in (copies.target, copies.source, copies.size))
-        end, padding = (copies.target + copies.size).tolist(), copies.padding.tolist()
         deque(map(_memmove, target, source, size), maxlen=0)
-        deque(map(_memset, end, itertools.repeat(0), padding), maxlen=0)
+        _clear_padding(copies)
         return
-    memory, zeros = _MEMORY, _zeros(int(copies.padding.max()))
-    source, target = copies.source - _LOWEST, copies.target - _LOWEST
-    ends = target + copies.size
-    for start, end, stop, first, last, padding in zip(
-        target.tolist(),
-        ends.tolist(),
-        (ends + copies.padding).tolist(),
-        source.tolist(),
-        (source + copies.size).tolist(),
-        copies.padding.tolist(),
-        strict=True,
+    memory, source, target = _MEMORY, copies.source - _LOWEST, copies.target - _LOWEST
+    ends = (target + copies.size).tolist()
+    for start, end, first, last in zip(
+        target.tolist(), ends, source.tolist(), (source + copies.size).tolist(), strict=True
     ):
         memory[start:end] = memory[first:last]
-        if padding:
-            memory[end:stop] = zeros[:padding]
+    if copies.padding is not None:
+        zeros = _zeros(int(copies.padding.max()))
+        for end, padding in zip(ends, copies.padding.tolist(), strict=True):
+            memory[end : end + padding] = zeros[:padding]
+
+
+def _clear_padding(copies: Copies) -> None:
+    """While other threads run."""
+    if copies.padding is not None:
+        ends = (copies.target + copies.size).tolist()
+        deque(map(_memset, ends, itertools.repeat(0), copies.padding.tolist()), maxlen=0)
 
 
 def widen_rows(
@@ -150,8 +163,7 @@ def widen_rows(
         for (start, stop, begin, end), i, j, k in zip(places, row.tolist(), first.tolist(), last.tolist(), strict=True):
             values = wide[start:stop].copy_(memory[begin:end]).view(-1, width)
             values.mul_(scales[i][j:k]).mul_(channels[i])
-    ends = (copies.target + copies.size).tolist()
-    deque(map(_memset, ends, itertools.repeat(0), copies.padding.tolist()), maxlen=0)
+    _clear_padding(copies)
 
 
 def _pieces(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
