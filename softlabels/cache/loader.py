@@ -96,10 +96,10 @@ def _prefetched(batches: Iterator[CacheBatch], ready: int) -> Generator[CacheBat
             raise item.error
     finally:
         dropped.set()
-        while thread.is_alive():  # it may wait for room
+        # it may wait for room; itself it is where a garbage collection in it drops this iterator
+        while thread.is_alive() and thread is not threading.current_thread():
             with suppress(queue.Empty):
                 waiting.get(timeout=0.01)
-        thread.join()
 
 
 class CacheDataset(torch.utils.data.Dataset[CacheBatch]):

@@ -554,7 +554,7 @@ def run_cold(folder: Path, *, small: bool) -> None:
 
 
 def run_write(folder: Path, *, small: bool) -> None:
-    work, count = workload("w1", small=small), 200 if small else 2500
+    work, count = workload("w1", small=small), 500 if small else 10_000
     folder.mkdir(parents=True, exist_ok=True)
     spec = _manifest(work, {"hidden.03": {"kind": "token", "type": "float16", "width": 384}}).fields["hidden.03"]
     rows = [work.values("hidden.03", row) for row in range(count)]
@@ -562,7 +562,7 @@ def run_write(folder: Path, *, small: bool) -> None:
     batches, lengths = [], work.lengths[:count]
     for first in range(0, count, 32):
         part = np.arange(first, min(first + 32, count))
-        values = np.zeros((len(part), int(lengths[part].max()), 384), np.float16)
+        values = np.zeros((len(part), int(lengths[part].max()), 384), np.float32)
         for i, row in enumerate(part):
             values[i, : lengths[row]] = rows[row].reshape(-1, 384)
         batches.append((part, torch.from_numpy(values), [str(row) for row in part]))
@@ -585,7 +585,7 @@ def run_write(folder: Path, *, small: bool) -> None:
             writer.write(part, values, ids=ids)
         writer.commit("0" * 32)
 
-    ways = {"write + fsync": plain, "cache: put, fsync, hash, receipt": put, "cache: padded batches checked": write}
+    ways = {"write + fsync": plain, "cache: put, fsync, hash, receipt": put, "cache: padded float32 batches, range checked": write}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(ROUNDS):
         names = list(ways)
