@@ -179,11 +179,7 @@ def test_every_student_from_soft_and_from_hard_labels(
 
 def test_what_is_printed_for_people(place: Path, here: Path, call: Callable[..., Finished]) -> None:
     said = call("info", place / "cache")
-    assert (
-        said.code == 0
-        and re.search(r"^rows +60$", said.out, re.M)
-        and re.search(r"^logits +row +float32", said.out, re.M)
-    )
+    assert said.code == 0 and re.search(r"^rows +60$", said.out, re.M) and re.search(r"^logits +row +float32", said.out, re.M)
     said = call("evaluate", place / "bilstm", place / "test.csv", "--cache", place / "cache-test")
     assert said.code == 0 and said.err == ""
     assert re.search(r"^weather +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +10$", said.out, re.M)
@@ -364,9 +360,7 @@ def test_labels_the_teacher_does_not_know(place: Path, here: Path, refuse: Calla
 
 
 def test_a_text_longer_than_the_model_is_cut_counted_and_said(place: Path, here: Path, call: Any) -> None:
-    write_csv(
-        here / "long.csv", [("soup " * 200, "food"), ("a goal", "sport"), ("rain", "weather"), ("snow", "weather")]
-    )
+    write_csv(here / "long.csv", [("soup " * 200, "food"), ("a goal", "sport"), ("rain", "weather"), ("snow", "weather")])
     done = call("dump", "long.csv", "--teacher", place / "teacher", "--out", "cache", "--json")
     assert done.json()["truncated"] == 1 and "1 of 4 texts were longer than the teacher takes" in done.err
     assert call("info", "cache", "--json").json()["truncated"] == 1
@@ -400,7 +394,9 @@ def test_what_is_no_teacher(place: Path, here: Path, refuse: Any) -> None:
     refuse(*train, "--teacher", place / "teacher", "--capture", "hidden:9", told="it has 0 to 2")
     refuse(*train, "--teacher", place / "teacher", "--capture", "hiden:1", told="Did you mean 'hidden'")
     refuse(*train, "--teacher", place / "teacher", "--max-length", 1000, told="at most 64")
-    refuse(*("train-teacher", place / "test.csv", "--model", place / "train.csv", "--out", "teacher"), told="is a file")
+    refuse(
+        *("train-teacher", place / "test.csv", "--model", place / "train.csv", "--out", "teacher"), told="is a file"
+    )
     assert not any(here.iterdir())
 
 
@@ -408,11 +404,7 @@ def test_what_is_no_cache(place: Path, here: Path, refuse: Any, call: Any) -> No
     refuse("info", "nowhere", told="no cache at nowhere")
     refuse("info", place / "train.csv", told="train.csv")
     refuse("info", place / "bilstm", told="is not a cache")
-    for name, told in (
-        ("nowhere", "no cache at"),
-        (place / "train.csv", "train.csv"),
-        (place / "bilstm", "not a cache"),
-    ):
+    for name, told in (("nowhere", "no cache at"), (place / "train.csv", "train.csv"), (place / "bilstm", "not a cache")):
         refuse("train-student", name, *BILSTM, "--out", "run", told=told)
         refuse("evaluate", place / "bilstm", place / "test.csv", "--cache", name, told=told)
     shutil.copytree(place / "cache", "cut")
@@ -538,14 +530,7 @@ def test_evaluate_with_a_cache_of_another_corpus(place: Path, here: Path, refuse
     names = ["food", "weather", "sport"]
     save_teacher(here / "turned", label_names=names)
     assert call("dump", place / "test.csv", "--teacher", "turned", "--out", "cache").code == 0
-    refuse(
-        "evaluate",
-        place / "bilstm",
-        place / "test.csv",
-        "--cache",
-        "cache",
-        told="has the classes .*'weather', 'sport'",
-    )
+    refuse("evaluate", place / "bilstm", place / "test.csv", "--cache", "cache", told="has the classes .*'weather', 'sport'")
 
 
 def test_texts_to_predict(place: Path, here: Path, launcher: Launcher, refuse: Any) -> None:
@@ -741,8 +726,7 @@ def test_ctrl_c_during_a_dump(place: Path, tmp_path: Path, launcher: Launcher, s
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["options.json", "tensorboard", ".tmp-checkpoint/model.safetensors", "checkpoint/progress.json", ".tmp-run"],
+    "moment", ["options.json", "tensorboard", ".tmp-checkpoint/model.safetensors", "checkpoint/progress.json", ".tmp-run"]
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_training_that_is_stopped_goes_on_to_the_same_student(
@@ -759,7 +743,9 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_student(
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in (place / "bilstm").iterdir()}
 
 
-def test_ctrl_c_while_a_teacher_is_trained_leaves_nothing_half(place: Path, tmp_path: Path, launcher: Launcher) -> None:
+def test_ctrl_c_while_a_teacher_is_trained_leaves_nothing_half(
+    place: Path, tmp_path: Path, launcher: Launcher
+) -> None:
     teach = ["train-teacher", place / "test.csv", "--model", place / "base", "--out", tmp_path / "t", "--epochs", 3]
     begun = time.monotonic()
     done = launcher.run(
@@ -775,12 +761,7 @@ def test_ctrl_c_while_a_teacher_is_trained_leaves_nothing_half(place: Path, tmp_
 def test_ctrl_c_at_the_very_end_does_not_garble_it(place: Path, tmp_path: Path, launcher: Launcher) -> None:
     written = launcher._folder / "out"
     done = launcher.run(
-        "info",
-        place / "cache",
-        "--json",
-        cwd=tmp_path,
-        when=lambda: written.stat().st_size > 0,
-        signals=[signal.SIGINT] * 3,
+        "info", place / "cache", "--json", cwd=tmp_path, when=lambda: written.stat().st_size > 0, signals=[signal.SIGINT] * 3
     )
     assert done.code in (0, 130) and "Traceback" not in done.err and "Exception" not in done.err
 

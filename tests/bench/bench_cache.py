@@ -149,9 +149,20 @@ def write_ours(work: Work, folder: Path) -> None:
 
 
 def _manifest(work: Work, fields: dict[str, Any]) -> Manifest:
-    teacher = {"name": "made", "weights_hash": "0", "task": "sequence-classification", "label_names": ["a", "b", "c"]}
+    teacher: dict[str, Any] = {
+        "name": "made",
+        "weights_hash": "0",
+        "task": "sequence-classification",
+        "label_names": ["a", "b", "c"],
+    }
     teacher |= {"vocab_size": 30_000, "pad_token_id": 0, "unk_token_id": 1, "token_types": False}
-    dump = {"max_length": 512, "shard_rows": work.shard_rows, "batch_tokens": 8192, "dtype": "float32", "text": False}
+    dump: dict[str, Any] = {
+        "max_length": 512,
+        "shard_rows": work.shard_rows,
+        "batch_tokens": 8192,
+        "dtype": "float32",
+        "text": False,
+    }
     return Manifest.model_validate(
         {
             "format": "softlabels-cache",
