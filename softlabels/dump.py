@@ -18,7 +18,7 @@ from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_man
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
-from softlabels.cache.writer import FieldShard, join_hash, write_examples
+from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus, encode_labels
@@ -116,15 +116,7 @@ def _dump_shard(
     """Tokenised rows → teacher → the shard's missing fields, each with its receipt."""
     manifest, examples = build.manifest, rows.examples
     if EXAMPLES in missing:
-        write_examples(
-            build.folder,
-            examples,
-            shard=shard,
-            vocab_size=manifest.teacher.vocab_size,
-            token_types=manifest.teacher.token_types,
-            text=manifest.dump.text,
-            truncated=rows.truncated,
-        )
+        build.write_examples(shard, rows)
     lengths = np.array([len(example.input_ids) for example in examples])
     writers: dict[str, FieldShard] = {}
     try:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec
-from softlabels.cache.writer import FieldShard, join_hash, write_examples
+from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.config import ImportOptions
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CorpusError
@@ -149,15 +149,7 @@ def _write(
 def _write_shard(build: CacheBuild, missing: Sequence[str], shard: int, tokens: Tokenized, logits: np.ndarray) -> None:
     manifest, examples = build.manifest, tokens.examples
     if EXAMPLES in missing:
-        write_examples(
-            build.folder,
-            examples,
-            shard=shard,
-            vocab_size=manifest.teacher.vocab_size,
-            token_types=manifest.teacher.token_types,
-            text=manifest.dump.text,
-            truncated=tokens.truncated,
-        )
+        build.write_examples(shard, tokens)
     if FIELD in missing:
         lengths = np.array([len(example.input_ids) for example in examples])
         writer = FieldShard(build.folder, FIELD, manifest.fields[FIELD], shard=shard, tokens=lengths)

@@ -84,7 +84,7 @@ def test_what_was_clipped_is_counted_over_stops_and_resumes(
     assert beyond > 100 and whole.clipped == {"hidden.00": beyond}
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("softlabels.dump.write_examples", stopping_after(1))
+            patch.setattr("softlabels.cache.build.write_examples", stopping_after(1))
             with pytest.raises(KeyboardInterrupt):
                 dump_with(loud, corpus, tmp_path / "broken", capture=["logits", "hidden:0,2"], overflow="clip")
     resumed = dump_with(loud, corpus, tmp_path / "broken", capture=["logits", "hidden:0,2"], overflow="clip")
@@ -113,7 +113,7 @@ def test_int8_is_the_same_bytes_after_a_stop(
 ) -> None:
     dump_with(teacher, corpus, tmp_path / "whole", codec="int8")
     with monkeypatch.context() as patch:
-        patch.setattr("softlabels.dump.write_examples", stopping_after(2))
+        patch.setattr("softlabels.cache.build.write_examples", stopping_after(2))
         with pytest.raises(KeyboardInterrupt):
             dump_with(teacher, corpus, tmp_path / "broken", codec="int8")
     dump_with(teacher, corpus, tmp_path / "broken", codec="int8")

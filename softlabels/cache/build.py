@@ -39,10 +39,12 @@ from softlabels.cache.format import (
 )
 from softlabels.cache.inside import read_inside
 from softlabels.cache.settings import folder_receipt
+from softlabels.cache.writer import write_examples
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
 from softlabels.pretrained import reset_tokenizer
+from softlabels.tokens import Tokenized
 from softlabels.types import NO_LABEL
 
 
@@ -70,6 +72,18 @@ class CacheBuild:
             return shard_file(self.folder, field, shard).stat().st_size == receipt.bytes
         except FileNotFoundError:
             return False
+
+    def write_examples(self, shard: int, rows: Tokenized) -> None:
+        """Write and commit one shard of `examples`, as the manifest says."""
+        write_examples(
+            self.folder,
+            rows.examples,
+            shard=shard,
+            vocab_size=self.manifest.teacher.vocab_size,
+            token_types=self.manifest.teacher.token_types,
+            text=self.manifest.dump.text,
+            truncated=rows.truncated,
+        )
 
     def finish(self) -> Manifest:
         """Write the final manifest from the receipts, so that readers need nothing else."""

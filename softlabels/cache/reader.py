@@ -24,7 +24,7 @@ from softlabels.cache.shards import check_lengths, check_size, open_shard
 from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
-from softlabels.types import NO_LABEL, Signals, TokenBatch
+from softlabels.types import Signals, TokenBatch
 
 if TYPE_CHECKING:
     import datasets
@@ -326,8 +326,3 @@ def capture_of(field: str) -> str:
         return kind
     kind = "qkv" if kind in ("query", "key", "value") else kind
     return f"{kind}:{int(layer)}{at}{pooled}"
-
-
-def labelled_rows(cache: Cache) -> np.ndarray:
-    """The row numbers that have a label."""
-    return np.flatnonzero(cache.labels != NO_LABEL)
