@@ -5,7 +5,7 @@
 
 # Which Python makes .venv: the first of these that is 3.11 or newer. `make demo PYTHON=/path/to/python` names one.
 PYTHON ?= python3.11 python3 python
-# More arguments for the command of demo, test and slow: `make test ARGS="-k cache -x"`
+# More arguments for the command of demo, test, slow and bench: `make test ARGS="-k cache -x"`
 ARGS ?=
 
 VENV := .venv/bin

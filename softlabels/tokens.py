@@ -122,6 +122,41 @@ def shuffled_batches(
     return [batches[number] for number in rng.permutation(len(batches))]
 
 
+def windowed_batches(
+    lengths: Sequence[int] | np.ndarray,
+    shards: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int,
+    rng: np.random.Generator,
+    window: int,
+    group: int = 50,
+) -> list[np.ndarray]:
+    """`shuffled_batches` with rows of only about `window` of their `shards` at a time, for slow disks and short memory.
+
+    The shards are put in random order round a circle, and every row is set back by a random part of `window` shards;
+    then the rows are taken as they come. So every row comes once, rows of exactly `window` shards are mixed at any
+    moment, the ends of the epoch included, and a row's place is uniform over `window` shards' worth of rows.
+
+    How well it mixes: two rows of a batch are of different shards with a probability of at least 1 − 1/W, W being
+    `window` (a full shuffle has 1 − 1/S of all S shards; W ≥ S is one), for shards of equal size with many rows.
+    Which shards meet changes with every epoch: two shards share a window in an epoch with a probability of
+    2·(W − 1) / (S − 1), at most 1. Lengths are grouped inside `group` batches, as in `shuffled_batches`, and only
+    those batches are shuffled again, so a batch is never more than `group` batches from its place.
+    """
+    lengths, shards = np.asarray(lengths), np.asarray(shards)
+    known, which = np.unique(shards, return_inverse=True)
+    window = min(max(window, 1), len(known))
+    place = rng.permutation(len(known))[which] + window * rng.random(len(which))
+    order = np.argsort(place % len(known), kind="stable")
+    batches = []
+    for start in range(0, len(order), group * batch_size):
+        chunk = order[start : start + group * batch_size]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        parts = [chunk[first : first + batch_size] for first in range(0, len(chunk), batch_size)]
+        batches += [parts[number] for number in rng.permutation(len(parts))]
+    return batches
+
+
 def pad_batch(examples: Sequence[TokenizedExample], *, pad_token_id: int) -> TokenBatch:
     """Right-padded tensors of `examples`, as long as the longest of them."""
     longest = max(len(example.input_ids) for example in examples)

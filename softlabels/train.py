@@ -7,6 +7,7 @@ validate, a checkpoint after every epoch, early stopping, and the run folder at 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from softlabels.cache import Cache
+from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
 from softlabels.config import StudentOptions, package_versions
 from softlabels.corpus import Corpus, encode_labels
@@ -27,7 +29,7 @@ from softlabels.progress import progress
 from softlabels.runs import RunRecord, save_run
 from softlabels.students import LINEAR, StudentSpec, build_student, check_student, student_inputs
 from softlabels.students.linear import LinearStudent, fit_linear
-from softlabels.tokens import batches_by_length, pad_batch, shuffled_batches, tokenize
+from softlabels.tokens import batches_by_length, pad_batch, tokenize
 from softlabels.types import NO_LABEL, Signals, TokenBatch, TokenizedExample
 
 
@@ -127,28 +129,34 @@ def _train_epoch(
 ) -> float:
     """One pass over the training rows; the mean loss."""
     student.train()
-    rng = np.random.default_rng([options.seed, state.epoch])
-    batches = shuffled_batches(cache.lengths[split.train], batch_size=options.batch_size, rng=rng)
-    total, fields = 0.0, objective.fields()
-    for numbers in batches:
-        rows = split.train[numbers]
-        batch = cache.tokens(rows).to(tools.accelerator.device)
-        teacher = cache.signals(rows, fields).to(tools.accelerator.device)
-        loss, parts = objective(_forward(student, batch), teacher, progress=state.step / max(tools.steps - 1, 1))
-        _refuse_divergence(loss, "the loss", options, state)
-        tools.accelerator.backward(loss)
-        tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
-        tools.optimizer.step()
-        tools.schedule.step()
-        tools.optimizer.zero_grad()
-        figures = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-        tools.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=state.step)
-        state.step += 1
-        total += figures["loss"]
-        update(1, loss=figures["loss"])
+    loader = cache.loader(
+        split.train,
+        objective.fields(),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        epoch=state.epoch,
+        options=LoadOptions(reuse=True),  # a batch is done with when the next one is asked for
+    )
+    total = 0.0
+    with closing(iter(loader)) as batches:  # its thread ends here, also when a step fails
+        for batch in batches:
+            batch = batch.to(tools.accelerator.device)
+            student_says = _forward(student, batch.tokens)
+            loss, parts = objective(student_says, batch.teacher, progress=state.step / max(tools.steps - 1, 1))
+            _refuse_divergence(loss, "the loss", options, state)
+            tools.accelerator.backward(loss)
+            tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
+            tools.optimizer.step()
+            tools.schedule.step()
+            tools.optimizer.zero_grad()
+            figures = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+            tools.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=state.step)
+            state.step += 1
+            total += figures["loss"]
+            update(1, loss=figures["loss"])
     weights = torch.stack([parameter.detach().float().sum() for parameter in student.parameters()])
     _refuse_divergence(weights, "the student's weights", options, state)  # the last step's loss came before it
-    return total / len(batches)
+    return total / len(loader)
 
 
 def _refuse_divergence(values: torch.Tensor, what: str, options: StudentOptions, state: Progress) -> None:
@@ -257,11 +265,11 @@ def _validate(
     if not len(split.held_out):
         return {}
     total = 0.0
-    for numbers in batches_by_length(cache.lengths[split.held_out], batch_size=64):
-        rows = split.held_out[numbers]
-        teacher = cache.signals(rows, objective.fields()).to(device)
-        loss, _ = objective(_forward(student, cache.tokens(rows).to(device)), teacher, progress=1.0)
-        total += loss.item() * len(rows)
+    rows = [split.held_out[numbers] for numbers in batches_by_length(cache.lengths[split.held_out], batch_size=64)]
+    for held_out in CacheLoader(cache, rows, objective.fields(), LoadOptions(reuse=True)):
+        moved = held_out.to(device)
+        loss, _ = objective(_forward(student, moved.tokens), moved.teacher, progress=1.0)
+        total += loss.item() * len(moved.rows)
     return {"loss": total / len(split.held_out)}
 
 

@@ -35,6 +35,11 @@ _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SAMPLE = 1024  # vectors from which the channel scales of an int8 shard are measured
 
 
+def id_type(vocab_size: int) -> np.dtype:
+    """How token ids of such a vocabulary are stored: the narrowest integer of whole bytes that reads fast."""
+    return np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<i4")
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A batch in its stored form."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from softlabels.cache.codec import DTYPES, decode
+from softlabels.cache.batches import BatchReader, CacheBatch
+from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
+from softlabels.cache.gather import Buffers, FreshBuffers
+from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.cache.shards import check_lengths, check_size, open_shard
 from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
+from softlabels.tokens import shuffled_batches, windowed_batches
 from softlabels.types import Signals, TokenBatch
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 # Seconds after which a mapped file's size is looked at again: a file that was cut short under the reader is told, where
 # touching its mapped memory would kill the process. What is cut in these last moments still does.
 LOOK_AGAIN = 0.05
+_LOOK_AT_ALL = 64  # open files at the most, for which that takes no more than a hundredth of the time
 _OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
 
 
@@ -47,7 +51,7 @@ def open_cache(path: str | Path) -> Cache:
     return Cache(folder, manifest)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Lists:
     """A list column of one shard: row r's values are `values[starts[r]:starts[r + 1]]` of record batch `batch[r]`."""
 
@@ -71,7 +75,8 @@ class Cache:
         self.rows: int = manifest.corpus.rows
         self.fields: dict[str, FieldSpec] = manifest.fields
         self._shards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._looked: dict[tuple[str, int], float] = {}  # when a shard's file was last seen to be whole
+        self._looked: dict[str, np.ndarray] = {}  # of a field (shards,): when each file was last seen to be whole
+        self._all_whole_until = 0.0
         self._lists: dict[tuple[str, int, str], _Lists] = {}
 
     def __len__(self) -> int:
@@ -131,7 +136,7 @@ class Cache:
             table = self._shard(field, shard)
             stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
             if spec.type == "int8":
-                scales, channels = table.column(SCALE).to_numpy().copy(), self._channels_of(field, shard)
+                scales, channels = table.column(SCALE).to_numpy().copy(), self.channels_of(field, shard)
                 parts.append(decode(stored, spec, scales=scales, channels=channels[None]).numpy())
             else:
                 parts.append(decode(stored, spec).numpy() if spec.type == "bfloat16" else stored)
@@ -176,73 +181,70 @@ class Cache:
 
     # ------------------------------------------------------------------------------------------------- batches
 
-    def tokens(self, rows: np.ndarray) -> TokenBatch:
+    def tokens(self, rows: Sequence[int] | np.ndarray) -> TokenBatch:
         """The padded token batch of `rows`."""
-        lengths = self.lengths[rows]
-        shape = (len(rows), int(lengths.max()))
-        ids = np.full(shape, self.manifest.teacher.pad_token_id, dtype=np.int64)
-        types = np.zeros(shape, dtype=np.int64) if self.manifest.teacher.token_types else None
-        for i, (shard, row) in enumerate(self._places(rows)):
-            ids[i, : lengths[i]] = self._column_lists(EXAMPLES, "input_ids", shard).row(row)
-            if types is not None:
-                types[i, : lengths[i]] = self._column_lists(EXAMPLES, "token_type_ids", shard).row(row)
-        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)  # (B, L)
-        return TokenBatch(
-            torch.from_numpy(ids),
-            torch.from_numpy(mask),
-            None if types is None else torch.from_numpy(types),
-            torch.from_numpy(self.labels[rows]),
-        )
+        return self.reader.tokens(self.reader.select(rows), FreshBuffers())
 
-    def signals(self, rows: np.ndarray, fields: Sequence[str]) -> Signals:
+    def signals(self, rows: Sequence[int] | np.ndarray, fields: Sequence[str]) -> Signals:
         """The teacher's `fields` for `rows` as padded float32 tensors; padding is zero."""
+        reader, out = self.reader, FreshBuffers()
+        chosen = reader.select(rows)
+        tensors = reader.signals(chosen, fields, out, as_stored=False)
+        return Signals(tensors, reader.mask(chosen, out), reader.labels(chosen, out))
+
+    def batch(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        *,
+        out: Buffers | None = None,
+        as_stored: bool = False,
+    ) -> CacheBatch:
+        """`tokens` and `signals` of `rows` at once.
+
+        `out` takes memory that is used again: the batch is then good until the next one is built in it. `as_stored`
+        hands out float16 and bfloat16 as they are, for a device to widen them; int8 comes as float32 all the same.
+        torch's threads share the copying (`torch.set_num_threads`).
+        """
+        return self.reader.batch(rows, fields, out=out or FreshBuffers(), as_stored=as_stored)
+
+    def loader(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        window: int | None = None,
+        options: LoadOptions | None = None,
+    ) -> CacheLoader:
+        """One epoch of training over `rows`: shuffled batches of similar lengths, read ahead by a thread.
+
+        The order follows from `seed` and `epoch` alone. `window` shuffles within that many shards at a time instead of
+        all, for a cache that is larger than memory and on a disk that is slow at random reads; what this does to the
+        mixing is said at `softlabels.tokens.windowed_batches`.
+        """
+        rows, rng = np.asarray(rows, np.int64), np.random.default_rng([seed, epoch])
         lengths = self.lengths[rows]
-        mask = torch.from_numpy((np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64))
-        tensors = {field: self._padded(field, rows, lengths) for field in fields}
-        return Signals(tensors, mask, torch.from_numpy(self.labels[rows]))
+        if window is None:
+            batches = shuffled_batches(lengths, batch_size=batch_size, rng=rng)
+        else:
+            shards = rows // self.manifest.dump.shard_rows
+            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window)
+        return CacheLoader(self, [rows[numbers] for numbers in batches], fields, options or LoadOptions())
 
-    def _padded(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-        spec, longest = self.fields[field], int(lengths.max())
-        shape = {"row": (spec.width,), "token": (longest, spec.width), "pair": (spec.width, longest, longest)}[
-            spec.kind
-        ]
-        for shard in {shard for shard, _ in self._places(rows)}:
-            self.table(field, shard)  # its checks come first: until then `width` is only a number in a stranger's file
-        out = np.zeros((len(rows), *shape), dtype=DTYPES[spec.type])
-        for i, (shard, row) in enumerate(self._places(rows)):
-            length = int(lengths[i])
-            if spec.kind == "row":
-                out[i] = self._rows(field, shard).row(row)
-            elif spec.kind == "token":
-                out[i, :length] = self._column_lists(field, field, shard).row(row).reshape(length, spec.width)
-            else:
-                out[i, :, :length, :length] = (
-                    self._column_lists(field, field, shard).row(row).reshape(-1, length, length)
-                )
-        values = decode(out, spec, scales=self._scales(field, rows, lengths), channels=self._channels(field, rows))
-        if spec.kind == "token" and spec.heads:
-            return values.unflatten(2, (spec.heads, -1)).transpose(1, 2)  # (B, H, L, K)
-        return values
+    @cached_property
+    def reader(self) -> BatchReader:
+        """Builds the batches."""
+        return BatchReader(self, open_shards=_OPEN_SHARDS)
 
-    def _scales(self, field: str, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-        """Of an int8 field the scale of every vector: (B, L) with zero padding, or (B,) of a row field."""
-        spec = self.fields[field]
-        if spec.type != "int8":
-            return None
-        if spec.kind == "row":
-            return np.concatenate([self._rows(field, shard, SCALE).row(row) for shard, row in self._places(rows)])
-        out = np.zeros((len(rows), int(lengths.max())), np.float32)
-        for i, (shard, row) in enumerate(self._places(rows)):
-            out[i, : lengths[i]] = self._column_lists(field, SCALE, shard).row(row)
-        return out
+    def __reduce__(self) -> tuple[Callable[[Path], Cache], tuple[Path]]:
+        """To another process goes the path: it maps the files itself, and shares their memory."""
+        return open_cache, (self.path,)
 
-    def _channels(self, field: str, rows: np.ndarray) -> np.ndarray | None:
-        """Of an int8 field (B, width): the channel scales of each row's shard."""
-        if self.fields[field].type != "int8":
-            return None
-        return np.stack([self._channels_of(field, shard) for shard, _ in self._places(rows)])
-
-    def _channels_of(self, field: str, shard: int) -> np.ndarray:
+    def channels_of(self, field: str, shard: int) -> np.ndarray:
+        """(width,) the channel scales of a shard of an int8 field."""
         table, key = self._shard(field, shard), (field, shard, "channels")
         if key not in self._lists:  # as a list column of one row
             channels = read_channels(table.schema, self.fields[field].width, where=shard_file(self.path, field, shard))
@@ -260,22 +262,46 @@ class Cache:
 
     def _shard(self, field: str, shard: int) -> pa.Table:
         """The mapped, checked table of one shard, least recently used ones let go."""
-        key, now = (field, shard), time.monotonic()
+        key = (field, shard)
         if key in self._shards:
             self._shards.move_to_end(key)
-            if now - self._looked[key] > LOOK_AGAIN:
-                check_size(self.path, self.manifest, field, shard)
-                self._looked[key] = now
+            self.look_again(field, np.array([shard * self.manifest.dump.shard_rows]))
             return self._shards[key]
         table = open_shard(self.path, self.manifest, field, shard)
-        self._shards[key], self._looked[key] = table, now
+        self._shards[key] = table
+        if field not in self._looked:
+            self._looked[field] = np.zeros(len(self.manifest.shard_rows))
+        self._looked[field][shard] = time.monotonic()
         if len(self._shards) > _OPEN_SHARDS:
             old, _ = self._shards.popitem(last=False)
-            del self._looked[old]
             for column in list(self._lists):
                 if column[:2] == old:
                     del self._lists[column]
         return table
+
+    def look_again(self, field: str, rows: np.ndarray) -> None:
+        """CacheError where a mapped file that these rows lie in was cut short since it was last looked at.
+
+        Where few files are open, all of them are looked at, so that most batches ask only for the time.
+        """
+        now = time.monotonic()
+        if now < self._all_whole_until:
+            return
+        if len(self._shards) <= _LOOK_AT_ALL:
+            for known, shard in list(self._shards):
+                check_size(self.path, self.manifest, known, shard)
+            self._all_whole_until = now + LOOK_AGAIN
+            return
+        looked, shards = self._looked[field], rows // self.manifest.dump.shard_rows
+        for shard in np.unique(shards[looked[shards] < now - LOOK_AGAIN]).tolist():
+            check_size(self.path, self.manifest, field, shard)
+            looked[shard] = now
+
+    def column_lists(self, field: str, column: str, shard: int) -> _Lists:
+        """A column of one shard, its rows' lengths checked: of `examples`, a field itself, or its scales."""
+        if field != EXAMPLES and self.fields[field].kind == "row":
+            return self._rows(field, shard, "" if column == field else column)
+        return self._column_lists(field, column, shard)
 
     def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
         table = self._shard(field, shard)

@@ -28,6 +28,7 @@ from softlabels.cache.codec import (
     SAMPLE,
     Overflow,
     encode,
+    id_type,
     in_range,
     measure_channels,
     without_padding,
@@ -324,7 +325,7 @@ class _Batch:
 def examples_schema(shard: int, *, vocab_size: int, token_types: bool, text: bool) -> pa.Schema:
     """The Arrow schema of an `examples` shard."""
     columns = {"id": pa.string(), "token_hash": pa.uint64()}
-    columns["input_ids"] = _list_type(pa.uint16() if vocab_size <= 65_536 else pa.int32())
+    columns["input_ids"] = _list_type(pa.from_numpy_dtype(id_type(vocab_size)))
     if token_types:
         columns["token_type_ids"] = _list_type(pa.uint8())
     columns["label"] = pa.int32()

@@ -11,7 +11,7 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.files import write_file
-from softlabels.cache.format import MANIFEST, Manifest, to_json
+from softlabels.cache.format import LIST_LIMIT, MANIFEST, Manifest, to_json
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.types import NO_LABEL, TokenizedExample
 
@@ -73,8 +73,12 @@ def write_cache(
     values: Mapping[str, Sequence[np.ndarray]],
     *,
     shard_rows: int,
+    limit: int = LIST_LIMIT,
 ) -> Manifest:
-    """A whole cache. `values[field][row]` are float32: (width,), (L, width) or (width, L, L) by the field's kind."""
+    """A whole cache. `values[field][row]` are float32: (width,), (L, width) or (width, L, L) by the field's kind.
+
+    `limit` is the number of values in a record batch.
+    """
     build = CacheBuild(folder, manifest_of(rows, fields, shard_rows=shard_rows))
     for shard in build.shards():
         first = shard * shard_rows
@@ -82,7 +86,7 @@ def write_cache(
         write_examples(folder, part, shard=shard, vocab_size=VOCABULARY, token_types=True, text=True)
         tokens = np.array([len(row.input_ids) for row in part])
         for field, spec in build.manifest.fields.items():
-            writer = FieldShard(folder, field, spec, shard=shard, tokens=tokens)
+            writer = FieldShard(folder, field, spec, shard=shard, tokens=tokens, limit=limit)
             for i in reversed(range(len(part))):
                 batch = torch.from_numpy(values[field][first + i])[None]
                 writer.write(np.array([i]), batch, ids=[part[i].id])
