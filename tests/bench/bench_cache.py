@@ -18,7 +18,7 @@ comes what it read from the disk. W3's ids are a bfloat16 field read as stored: 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -367,13 +367,99 @@ def torch_files(work: Work, folder: Path) -> Read:
     return read
 
 
+def streaming_files(work: Work, folder: Path) -> Read:
+    """mosaicml-streaming's own files, read one by one on this machine; a column's values as bytes."""
+    from streaming import LocalDataset, MDSWriter
+
+    with MDSWriter(out=str(folder), columns={name: "bytes" for name in ("ids", *work.columns)}) as writer:
+        for row in range(work.rows):
+            writer.write({name: values.tobytes() for name, values in row_of(work, row).items()})
+    opened = LocalDataset(str(folder))
+
+    def read(rows: np.ndarray) -> Tensors:
+        found = [opened[row] for row in rows.tolist()]
+        return pad(work, rows, lambda name, i: np.frombuffer(found[i][name], element_of(work, name)))
+
+    return read
+
+
+def lance_table(work: Work, folder: Path) -> Read:
+    """A list column of flat values a column, taken by row numbers; no dot is allowed in a name."""
+    import lance
+    import pyarrow as pa
+
+    def batches() -> Any:
+        for first in range(0, work.rows, 1000):
+            part = [row_of(work, row) for row in range(first, min(first + 1000, work.rows))]
+            columns = {}
+            for name in part[0]:
+                ends = np.cumsum([0, *(len(row[name]) for row in part)]).astype(np.int32)
+                columns[name.replace(".", "_")] = pa.ListArray.from_arrays(
+                    ends, pa.array(np.concatenate([row[name] for row in part]))
+                )
+            yield pa.RecordBatch.from_pydict(columns)
+
+    first = next(batches())
+    table = lance.write_dataset(pa.RecordBatchReader.from_batches(first.schema, batches()), str(folder))
+
+    def read(rows: np.ndarray) -> Tensors:
+        found = {name: column.combine_chunks() for name, column in zip(
+            first.schema.names, table.take(rows.tolist()).columns, strict=True)}  # fmt: skip
+        return pad(work, rows, lambda name, i: found[name.replace(".", "_")][i].values.to_numpy())
+
+    return read
+
+
+class WebDataset:
+    """Tar files of 1,000 rows through a shuffle buffer. It gives other rows than those asked for: `rows` says which."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        import webdataset
+
+        self.work, self.rows = work, np.zeros(0, np.int64)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for first in range(0, work.rows, 1000):
+            files.append(str(folder / f"{first // 1000:05d}.tar"))
+            with webdataset.TarWriter(files[-1]) as tar:
+                for row in range(first, min(first + 1000, work.rows)):
+                    parts = {f"{number}.bin": v.tobytes() for number, v in enumerate(row_of(work, row).values())}
+                    tar.write({"__key__": f"{row:09d}", **parts})
+        loaded = webdataset.WebDataset(files, shardshuffle=False, empty_check=False)
+        self.samples = iter(loaded.repeat().shuffle(1000))
+
+    def __call__(self, rows: np.ndarray) -> Tensors:
+        found = [next(self.samples) for _ in rows]
+        self.rows = np.array([int(sample["__key__"]) for sample in found])
+        names = ["ids", *self.work.columns]
+        return pad(self.work, self.rows, lambda name, i: np.frombuffer(
+            found[i][f"{names.index(name)}.bin"], element_of(self.work, name)))  # fmt: skip
+
+
+def element_of(work: Work, name: str) -> str:
+    return "<u2" if name == "ids" else work.columns[name].element
+
+
 PEERS: dict[str, tuple[str, Callable[[Work, Path], Read]]] = {
     "h5py": ("h5py", h5py_file),
     "safetensors, 1,000 rows a file": ("safetensors", safetensors_files),
     "datasets, torch format": ("datasets", datasets_torch),
+    "mosaicml-streaming": ("streaming", streaming_files),
+    "lance": ("lance", lance_table),
+    "webdataset, shuffle buffer of 1,000": ("webdataset", WebDataset),
     "torch.save, a file a row": ("torch", torch_files),
 }
-NOT_WRITTEN = ("streaming", "webdataset", "lance")  # peers without a contestant here
+
+
+def missing(module: str) -> str:
+    """Why a peer cannot run here; empty where it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"not installed ({error})"
+    except Exception as error:  # a peer's own trouble with the versions that are here
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------------- the clock
@@ -382,14 +468,16 @@ NOT_WRITTEN = ("streaming", "webdataset", "lance")  # peers without a contestant
 def check_equal(work: Work, readers: dict[str, Read]) -> None:
     """All contestants give the same tensors."""
     rows = work.batch_rows(99, 1)[0]
-    wanted = {name: value.clone() for name, value in next(iter(readers.values()))(rows).items()}
+    reference = next(iter(readers))
     for contestant, read in readers.items():
-        for name, value in read(rows).items():
-            one, other = (value, wanted[name])
-            if value.dtype == torch.bfloat16 and other.dtype == torch.bfloat16:
-                one, other = value.view(torch.int16), other.view(torch.int16)
+        given = {name: value.clone() for name, value in read(rows).items()}
+        asked = read.rows if isinstance(read, WebDataset) else rows
+        for name, other in readers[reference](asked).items():
+            one = given[name]
+            if one.dtype == torch.bfloat16 and other.dtype == torch.bfloat16:
+                one, other = one.view(torch.int16), other.view(torch.int16)
             if not torch.equal(one, other.to(one.dtype)):
-                raise AssertionError(f"{contestant} gives other values of {name} than {next(iter(readers))}")
+                raise AssertionError(f"{contestant} gives other values of {name} than {reference}")
 
 
 def take_turns(work: Work, readers: dict[str, Read], slow: Sequence[str] = ()) -> dict[str, float]:
@@ -447,8 +535,8 @@ def run_work(name: str, folder: Path, *, small: bool, peers: bool) -> None:
         return
     ratios = {}
     for peer, (module, make) in PEERS.items():
-        if importlib.util.find_spec(module) is None:
-            print(f"{peer}: not installed ({module})")
+        if why := missing(module):
+            print(f"{peer}: {why}")
             continue
         if name == "w2" and make is torch_files:
             continue  # 200,000 files of 200 bytes
@@ -465,9 +553,6 @@ def run_work(name: str, folder: Path, *, small: bool, peers: bool) -> None:
     for peer, found in ratios.items():
         faster = found["cache, 1 thread"] / found[peer]
         print(f"{peer:<44}{found[peer]:>12,.0f}{found[peer] / found['gather by hand']:>9.4f}{faster:>11.1f}x")
-    # these have no contestant yet
-    for module in NOT_WRITTEN:
-        print(f"{module}: not among the contestants" + ("" if importlib.util.find_spec(module) else ", not installed"))
 
 
 def write_int8(work: Work, folder: Path) -> None:
