@@ -348,7 +348,7 @@ def datasets_torch(work: Work, folder: Path) -> Read:
 
     def read(rows: np.ndarray) -> Tensors:
         found = loaded[rows.tolist()]
-        return pad(work, rows, lambda name, i: found[name][i].numpy())
+        return pad(work, rows, lambda name, i: np.asarray(found[name][i]))
 
     return read
 
