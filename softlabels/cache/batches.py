@@ -155,11 +155,11 @@ class BatchReader:
         """Stored values into float32, as `codec.decode` does it."""
         spec = self.cache.fields[field]
         stored_type, shape = _STORED[spec.type], tensor.shape[1:]
+        if spec.kind == "token" and spec.type != "int8" and spec.width * rows.longest >= _WIDENED_BY_ROW:
+            widen_rows(places, rows.lengths, tensor, stored_type)
+            return
         scales = self._scales(field, rows) if spec.type == "int8" else None
         channels = self._channels(field, rows) if spec.type == "int8" else None
-        if spec.kind == "token" and spec.width * rows.longest >= _WIDENED_BY_ROW:
-            widen_rows(places, rows.lengths, tensor, stored_type, scales=scales, channels=channels)
-            return
         step = max(1, _DECODED_AT_ONCE // max(shape.numel() * stored_type.itemsize, 1))
         for first in range(0, tensor.shape[0], step):
             part = slice(first, min(first + step, tensor.shape[0]))

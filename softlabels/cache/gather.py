@@ -104,28 +104,12 @@ def take_rows(places: np.ndarray, out: torch.Tensor, *, padding: np.ndarray | No
     torch.index_select(_rows_of(out.dtype, width), 0, torch.from_numpy(places), out=out.view(-1, width))
 
 
-def widen_rows(
-    places: np.ndarray,
-    counts: np.ndarray,
-    out: torch.Tensor,
-    element: torch.dtype,
-    *,
-    scales: torch.Tensor | None = None,
-    channels: torch.Tensor | None = None,
-) -> None:
-    """Fill `out` (B, L, W) float32 with `counts` (B,) tokens of `element`s a row, and zeros behind.
-
-    int8 is multiplied by `scales` (B, L, 1) and then by `channels` (B or 1, 1, W), as the format says. A row is done
-    while it is in the processor's cache, and padding is only cleared.
-    """
-    width, memory, wide = out.shape[2], _TENSORS[element], out.view(-1)
-    row = out.stride(0)
-    of_row = [] if channels is None else list(channels.expand(out.shape[0], 1, width).unbind())
+def widen_rows(places: np.ndarray, counts: np.ndarray, out: torch.Tensor, element: torch.dtype) -> None:
+    """Fill `out` (B, L, W) float32 with `counts` (B,) tokens of `element`s a row, and zeros behind."""
+    width, memory, wide, row = out.shape[2], _TENSORS[element], out.view(-1), out.stride(0)
     for i, (start, count) in enumerate(zip(places.tolist(), counts.tolist(), strict=True)):
         first, size = i * row, count * width
-        values = wide[first : first + size].copy_(memory[start : start + size])
-        if scales is not None:
-            values.view(count, width).mul_(scales[i, :count]).mul_(of_row[i])
+        wide[first : first + size].copy_(memory[start : start + size])
         if size < row:
             wide[first + size : first + row].zero_()
 
