@@ -158,10 +158,20 @@ class Strict(BaseModel):
         return data
 
 
+class Masking(Strict):
+    """How tokens are hidden from a masked language model."""
+
+    rate: float = Field(default=0.15, gt=0, lt=1)  # share of the tokens
+    times: int = Field(default=1, ge=1, le=1000)  # maskings of each text
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
 class DumpOptions(Strict):
     """What decides a cache's bytes, beside the corpus and the teacher."""
 
-    capture: list[str] = ["logits"]
+    capture: list[str] = []  # none: logits, or what comes nearest to them for the teacher's task
+    task: str | None = None  # None: what the teacher's config.json says
+    masking: Masking = Masking()  # of a masked language model
     max_length: int | None = Field(default=None, ge=1)
     shard_rows: int = Field(default=4096, ge=1)
     batch_tokens: int = Field(default=8192, ge=1)
@@ -170,13 +180,6 @@ class DumpOptions(Strict):
     overflow: Literal["refuse", "clip"] = "refuse"  # of values beyond the codec's largest, ±65,504 for float16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the teacher computes in it
     text: bool = True  # keep the raw texts in the cache
-
-    @field_validator("capture")
-    @classmethod
-    def _some_capture(cls, value: list[str]) -> list[str]:
-        if not value:
-            raise ValueError("no capture is given; for example: logits")
-        return value
 
 
 class ImportOptions(Strict):

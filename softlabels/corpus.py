@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from softlabels.errors import CorpusError
-from softlabels.types import NO_LABEL, Example
+from softlabels.labels import READ_LABELS, read_words
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Example, Label, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +74,8 @@ class Corpus:
         hasher = xxhash.xxh3_128()
         for row in self.examples:
             # as JSON, no two rows look alike: None is not "None", and 1 is not "1"
-            hasher.update(json.dumps([row.id, row.text, row.text_b, row.label], ensure_ascii=False).encode())
+            parts = [row.id, row.text, row.text_b, row.label, *([] if row.words is None else [row.words])]
+            hasher.update(json.dumps(parts, ensure_ascii=False).encode())
         return hasher.hexdigest()
 
 
@@ -84,13 +86,18 @@ def read_corpus(
     text: str | None = None,
     label: str | None = None,
     rows: int | None = None,
+    task: Task = "sequence-classification",
 ) -> Corpus:
     """The rows of `source`; CorpusError where anything is missing, unreadable or of the wrong kind.
 
     `split` names one split or several ("train+unlabeled"); `text` the column or the two columns of the text
     ("premise,hypothesis") and `label` the label's, where their names are not the usual ones; `rows` takes the
-    first so many. A row's id is its `id` column, or else its number, after the split's name where there are
-    splits ("train/17").
+    first so many. A row's id is its `id` column, or else its number, after the split's name where there are splits
+    ("train/17").
+
+    `task` says what a label is: a class; several classes, as a list or joined by commas (multi-label); a number or a
+    list of them (regression); a tag for each of the words in `tokens`, both lists or joined by spaces (token
+    classification); nothing that is looked for (language and embedding models).
     """
     source = os.fspath(source)
     if rows is not None and rows < 1:
@@ -100,23 +107,24 @@ def read_corpus(
         parts = _open_parts(source, names, limit=rows)
     except (OSError, RuntimeError) as error:  # RuntimeError: the '~' of no user
         raise CorpusError(f"corpus {source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    found = [_read_part(part, text=text, label=label) for part in parts]
+    found = [_read_part(part, text=text, label=label, task=task) for part in parts]
     ids = [row_id for part in found for row_id in part.ids][:rows]
     if not ids:
         raise CorpusError(f"corpus {source} has no rows")
     _check_ids(ids, source, joined=len(parts) > 1)
     class_names = next((part.class_names for part in found if part.class_names), None)
     labels = [value for part in found for value in part.labels][:rows]
-    if class_names is None:
+    if class_names is None and task == "sequence-classification":
         labels = _unify_labels(labels, source)
+    words = (each for part in found for each in part.words)
     texts = (text for part in found for text in part.texts)
     seconds = (second for part in found for second in part.seconds)
     return Corpus(
         source=source,
         split=None if parts[0].split is None else "+".join(str(part.split) for part in parts),
         # `labels` may be the shortest: the first `rows`
-        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, strict=False)],
-        label_names=_label_names(labels, class_names),
+        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, words, strict=False)],
+        label_names=None if task == "regression" else _label_names(labels, class_names),
     )
 
 
@@ -209,17 +217,23 @@ class _Part:
     ids: list[str]
     texts: list[str]
     seconds: list[str | None]
-    labels: list[int | str | None]
+    labels: list[Label]
     class_names: list[str] | None
+    words: list[tuple[str, ...] | None]
 
 
-def _read_part(table: Table, *, text: str | None, label: str | None) -> _Part:
+def _read_part(table: Table, *, text: str | None, label: str | None, task: Task) -> _Part:
     """Choose the columns of a table and check every value in them."""
     doubled = sorted({name for name in table.names if table.names.count(name) > 1})
     if doubled:
         raise CorpusError(f"{table.where} has the column '{doubled[0]}' twice: rename one of them")
-    text_columns = _choose_text(table, text)
-    label_column = _choose_label(table, label, taken=text_columns)
+    if task == "token-classification":
+        text_columns = [_choose_words(table, text)]
+        label_column = _choose_tags(table, label)
+    else:
+        text_columns = _choose_text(table, text)
+        labelled = task not in (*LANGUAGE_MODELS, "sentence-embedding")
+        label_column = _choose_label(table, label, taken=text_columns) if labelled else None
     id_column = _find_column(table, "id")
     if id_column is not None and id_column not in text_columns:
         ids = _own_ids(table, id_column)
@@ -227,12 +241,24 @@ def _read_part(table: Table, *, text: str | None, label: str | None) -> _Part:
         id_column = None
         ids = [f"{table.split}/{number}" if table.split else str(number) for number in range(table.rows)]
     columns = [table.column(name) for name in text_columns]
+    words: list[tuple[str, ...] | None] = [None] * table.rows
+    if task == "token-classification":
+        words = [read_words(value, where=f"{table.where}, {table.place(row)}") for row, value in enumerate(columns[0])]
+        columns = [[" ".join(each or ()) for each in words]]
     _check_texts(table, text_columns, columns, ids if id_column else None)
     class_names = table.class_names.get(label_column or "")
     values = table.column(label_column) if label_column else [None] * table.rows
-    labels = [_clean_label(value, table, row, names=class_names) for row, value in enumerate(values)]
+    labels: list[Label]
+    if task in READ_LABELS:
+        read = READ_LABELS[task]
+        labels = [
+            read(value, names=class_names, words=words[row], where=f"{table.where}, {table.place(row)}")
+            for row, value in enumerate(values)
+        ]
+    else:
+        labels = [_clean_label(value, table, row, names=class_names) for row, value in enumerate(values)]
     seconds = columns[1] if len(columns) == 2 else [None] * table.rows
-    return _Part(ids, columns[0], seconds, labels, class_names)
+    return _Part(ids, columns[0], seconds, labels, class_names, words)
 
 
 def _find_column(table: Table, wanted: str) -> str | None:
@@ -273,8 +299,8 @@ def _choose_text(table: Table, text: str | None) -> list[str]:
         return choices[0]
     if _find_column(table, "tokens"):
         raise CorpusError(
-            f"{table.where} has `tokens`: token classification is not supported by this version, which "
-            f"labels whole texts. Name a column of texts with --text"
+            f"{table.where} has `tokens`, words for token classification, and this teacher labels whole texts: name a "
+            f"column of texts with --text"
         )
     usual = ", ".join(",".join(names) for names in reversed(TEXT_COLUMNS))
     hint = ""
@@ -293,6 +319,30 @@ def _choose_label(table: Table, label: str | None, *, taken: list[str]) -> str |
         return _need_column(table, label, "--label")
     found = (_find_column(table, name) for name in LABEL_COLUMNS)
     return next((column for column in found if column is not None and column not in taken), None)
+
+
+def _choose_words(table: Table, text: str | None) -> str:
+    """The column that holds lists of words."""
+    if text is not None:
+        return _need_column(table, text, "--text")
+    found = [column for name in ("tokens", "words") if (column := _find_column(table, name)) is not None]
+    if not found:
+        raise CorpusError(
+            f"{table.where} has no `tokens` or `words`, a column with the words that are tagged; it has "
+            f"{_some(table.names, 'column')}. Name it with --text"
+        )
+    return found[0]
+
+
+def _choose_tags(table: Table, label: str | None) -> str | None:
+    """The column that holds a tag a word; None where there is none."""
+    if label is not None:
+        return _need_column(table, label, "--label")
+    usual = ("tags", "ner_tags", "pos_tags", "labels")
+    found = [column for name in usual if (column := _find_column(table, name)) is not None]
+    if len(found) > 1:
+        raise CorpusError(f"{table.where} could mean {' or '.join(found)}: name the tags' column with --label")
+    return found[0] if found else None
 
 
 def _own_ids(table: Table, column: str) -> list[str]:
@@ -386,7 +436,7 @@ def _regression(what: str) -> str:
     return f"{what}. Regression labels are not supported by this version: a label is a class"
 
 
-def _unify_labels(labels: list[int | str | None], source: str) -> list[int | str | None]:
+def _unify_labels(labels: list[Label], source: str) -> list[Label]:
     """Labels of one type: integers if all of them read as such ("1", "1.0"), else strings."""
     texts = {value for value in labels if isinstance(value, str)}
     if not texts:
@@ -400,8 +450,8 @@ def _unify_labels(labels: list[int | str | None], source: str) -> list[int | str
     return [None if value is None else str(value) for value in labels]
 
 
-def _label_names(labels: list[int | str | None], class_names: list[str] | None) -> list[str] | None:
-    distinct = {value for value in labels if value is not None}
+def _label_names(labels: list[Label], class_names: list[str] | None) -> list[str] | None:
+    distinct = {each for value in labels for each in (value if isinstance(value, tuple) else [value])} - {None}
     if not distinct:
         return None
     if class_names is not None:
@@ -750,6 +800,8 @@ def arrow_table(table: pa.Table, *, where: str, limit: int | None = None) -> Tab
     class_names = {}
     with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError):  # anyone may write metadata
         for name, feature in json.loads(metadata)["info"]["features"].items():
+            if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+                feature = feature["feature"]  # of each item of a list
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
                 class_names[name] = [str(label) for label in feature["names"]]
     kept = table if limit is None else table.slice(0, limit)
@@ -872,5 +924,6 @@ def dataset_table(dataset: Any, *, where: str, limit: int | None = None) -> Tabl
     """The rows of one split, a datasets.Dataset, with the names of its classes."""
     kept = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
     table = arrow_table(kept.with_format("arrow")[:], where=where)
-    class_names = {name: feature.names for name, feature in dataset.features.items() if getattr(feature, "names", None)}
+    features = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
+    class_names = {name: feature.names for name, feature in features.items() if getattr(feature, "names", None)}
     return replace(table, class_names=class_names)

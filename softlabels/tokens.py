@@ -171,7 +171,7 @@ def pad_batch(examples: Sequence[TokenizedExample], *, pad_token_id: int) -> Tok
         mask[row, :length] = 1
         if types is not None and example.token_type_ids is not None:
             types[row, :length] = example.token_type_ids
-    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+    labels = _pad_labels(examples, longest)
     return TokenBatch(
         torch.from_numpy(ids), torch.from_numpy(mask), None if types is None else torch.from_numpy(types), labels
     )
@@ -201,3 +201,16 @@ def resolve_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, co
 
 
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet", "longformer"}
+
+
+def _pad_labels(examples: Sequence[TokenizedExample], longest: int) -> torch.Tensor:
+    """(B,) a class, (B, C) numbers, or (B, L) a label a token."""
+    rows = [example.labels for example in examples if example.labels is not None]
+    if not rows:
+        return torch.tensor([example.label for example in examples], dtype=torch.int64)
+    if rows[0].dtype == np.float32:
+        return torch.from_numpy(np.stack(rows))
+    labels = torch.full((len(rows), longest), NO_LABEL, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        labels[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return labels

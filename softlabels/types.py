@@ -11,7 +11,7 @@ Nothing heavy is imported here, so that the light paths of the command line stay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from softlabels.errors import CacheError
 
@@ -22,14 +22,36 @@ if TYPE_CHECKING:
 NO_LABEL = -100  # what torch's cross_entropy ignores; on disk and in batches the mark of a row without a label
 
 
+Label = int | str | float | tuple[int | str | float, ...] | None
+
+# What a teacher was made for, as manifests and `--task` call it.
+Task = Literal[
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "masked-lm",
+    "causal-lm",
+    "sentence-embedding",
+]
+TASKS: tuple[Task, ...] = get_args(Task)
+LANGUAGE_MODELS = ("masked-lm", "causal-lm")
+TOKEN_LABELS = ("token-classification", *LANGUAGE_MODELS)  # tasks with a label a token
+VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a corpus. `label` is as the file has it: an integer, a name, or None (transfer set)."""
+    """One row of a corpus. `label` is as the file has it: an integer, a name, or None (transfer set).
+
+    Where the task asks for it, it is a number (regression), several labels (multi-label), or a tag for each of `words`.
+    """
 
     id: str
     text: str
     text_b: str | None = None
-    label: int | str | None = None
+    label: Label = None
+    words: tuple[str, ...] | None = None  # the text as words that have tags; `text` joins them by spaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +64,7 @@ class TokenizedExample:
     label: int  # class index, or NO_LABEL
     text: str
     text_b: str | None
+    labels: np.ndarray | None = None  # (L,) int32 or (C,) float32 where the task has such labels; see the cache format
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +74,7 @@ class TokenBatch:
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) int64, 1 for a token, 0 for padding
     token_type_ids: Tensor | None  # (B, L) int64
-    labels: Tensor  # (B,) int64, NO_LABEL where a row has none
+    labels: Tensor  # (B,) or (B, L) int64, NO_LABEL where there is none; or (B, C) float32, NaN where there is none
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of a transformers model's forward."""
@@ -72,7 +95,8 @@ class Signals:
 
     `fields` maps a field's name to its padded tensor: `logits` (B, C), `hidden.06` (B, L, D) (0 is the embedding
     output, i the output of layer i), `query.06`, `key.06`, `value.06` (B, H, L, K), `attention.06` (B, H, L, L).
-    Layers are numbered from 1, as in the papers. `mask` is (B, L), 1 for a token; `labels` (B,).
+    Layers are numbered from 1, as in the papers. `mask` is (B, L), 1 for a token; `labels` as in `TokenBatch`.
+    Fields of a language model's targets are flat, (T, …): positions whose label is not NO_LABEL, row after row.
     """
 
     fields: dict[str, Tensor]

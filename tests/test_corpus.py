@@ -31,7 +31,7 @@ from softlabels.corpus import (
     read_corpus,
 )
 from softlabels.errors import CorpusError
-from softlabels.types import NO_LABEL, Example
+from softlabels.types import NO_LABEL, Example, Label
 
 CORPORA = Path(os.environ.get("SOFTLABELS_CORPORA", Path(__file__).parents[1] / ".." / "shared" / "corpora"))
 
@@ -268,7 +268,7 @@ def test_ids(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- labels
 
 
-def labels_of(tmp_path: Path, *values: object) -> list[int | str | None]:
+def labels_of(tmp_path: Path, *values: object) -> list[Label]:
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps({"text": "t", "label": value}) + "\n" for value in values))
     return [row.label for row in read_corpus(path).examples]

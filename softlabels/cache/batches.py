@@ -15,17 +15,26 @@ import numpy as np
 import torch
 
 from softlabels.cache.codec import DTYPES, id_type
-from softlabels.cache.format import EXAMPLES, FieldSpec, shard_file
+from softlabels.cache.format import EXAMPLES, WHOLE, FieldSpec, shard_file
 from softlabels.cache.gather import Buffers, elements_at, take_ids, take_rows, widen_rows
 from softlabels.cache.places import Found, MappedColumn, RowPlaces, Run, physical_memory
 from softlabels.cache.writer import SCALE
 from softlabels.errors import CacheError
-from softlabels.types import Signals, TokenBatch
+from softlabels.types import NO_LABEL, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
 
 if TYPE_CHECKING:
     from softlabels.cache.reader import Cache
 
-_STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+LABELS = "labels"  # the column of `examples` for labels that are not one class a row
+_STORED = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "uint16": torch.int16,  # the same bits; torch does little with its own uint16
+    "int32": torch.int32,
+}
 _WIDENED_BY_ROW = 4096  # numbers in a row: from there on its work outweighs a few calls
 _DECODED_AT_ONCE = 1 << 20  # bytes of stored values: they are still in the processor's cache when they are decoded
 
@@ -61,6 +70,7 @@ class _Rows:
     lengths: np.ndarray  # (B,) int64
     longest: int
     padding: np.ndarray | None  # (B, L) bool, True behind a row's end; None where all rows are as long
+    targets: np.ndarray | None  # (B,) int64, tokens that have a label; None where the task has none
     asked: bool  # their pages were asked for, some batches ago
 
 
@@ -71,6 +81,7 @@ class BatchReader:
         self.cache = cache
         files = len(cache.manifest.shard_rows) * (1 + len(cache.fields))
         self.lengths = cache.lengths.astype(np.int64)
+        self.targets = cache.targets
         self.steady = files <= open_shards  # otherwise mapped shards are let go, and looked up for every batch
         self.places: dict[tuple[str, str], RowPlaces] = {}
         self.lock = threading.Lock()  # one thread at a time opens shards
@@ -90,7 +101,8 @@ class BatchReader:
         longest, padding = int(lengths.max()), None
         if int(lengths.min()) < longest:
             padding = np.arange(longest) >= lengths[:, None]
-        return _Rows(numbers, lengths, longest, padding, asked)
+        targets = None if self.targets is None else self.targets[numbers]
+        return _Rows(numbers, lengths, longest, padding, targets, asked)
 
     def batch(
         self,
@@ -129,6 +141,16 @@ class BatchReader:
         return mask
 
     def labels(self, rows: _Rows, out: Buffers) -> torch.Tensor:
+        card = self.cache.manifest.teacher
+        if card.task in VECTOR_LABELS:  # (B, C)
+            labels = out.take("labels", (len(rows.numbers), len(card.label_names)), torch.float32)
+            take_rows(self._find(EXAMPLES, LABELS, rows, lambda: rows.lengths).places, labels)
+            return labels
+        if card.task in TOKEN_LABELS:  # (B, L)
+            labels = out.take("labels", (len(rows.numbers), rows.longest), torch.int64)
+            found = self._find(EXAMPLES, LABELS, rows, lambda: 4 * rows.lengths)
+            take_ids(found.places, rows.lengths, labels.numpy(), np.dtype("<i4"), padding=NO_LABEL)
+            return labels
         labels = out.take("labels", (len(rows.numbers),), torch.int64)
         self.cache.labels.take(rows.numbers, out=labels.numpy(), mode="clip")  # "clip" needs no second buffer
         return labels
@@ -140,7 +162,7 @@ class BatchReader:
             spec = self.cache.fields[field]
             found = self._find(field, field, rows, partial(_sizes, spec, rows))
             # only now: until a shard's checks have passed, `width` is a number in a stranger's file
-            dtype = _STORED[spec.type] if as_stored and spec.type != "int8" else torch.float32
+            dtype = _given_type(spec, as_stored=as_stored)
             tensor = out.take(field, _shape(spec, rows), dtype)
             if dtype == _STORED[spec.type]:
                 _copy(spec, rows, found.places, tensor, slice(None))
@@ -166,6 +188,8 @@ class BatchReader:
             stored = _scratch().take("stored", (part.stop - first, *shape), stored_type)
             _copy(spec, rows, places, stored, part)
             values = tensor[part].copy_(stored)
+            if spec.type == "uint16":
+                values.bitwise_and_(0xFFFF)
             if scales is not None and channels is not None:
                 values.mul_(scales[part]).mul_(channels[part] if len(channels) > 1 else channels)
 
@@ -218,6 +242,8 @@ class BatchReader:
 
     def _itemsize(self, field: str, name: str) -> int:
         if field == EXAMPLES:
+            if name == LABELS:
+                return 4
             return 1 if name == "token_type_ids" else id_type(self.cache.manifest.teacher.vocab_size).itemsize
         return 4 if name == SCALE else DTYPES[self.cache.fields[field].type].itemsize
 
@@ -239,7 +265,12 @@ class BatchReader:
 
 def _copy(spec: FieldSpec, rows: _Rows, places: np.ndarray, out: torch.Tensor, part: slice) -> None:
     """The stored elements of the batch's rows `part` into `out`, padded with zeros."""
-    if spec.kind == "pair" and int(rows.lengths[part].min()) < rows.longest:
+    if spec.kind == "target":
+        assert rows.targets is not None
+        before = np.cumsum(rows.targets) - rows.targets
+        place = np.arange(int(rows.targets.sum())) - np.repeat(before, rows.targets)  # of each target in its row
+        take_rows((np.repeat(places, rows.targets) + place * spec.width)[part], out)
+    elif spec.kind == "pair" and int(rows.lengths[part].min()) < rows.longest:
         _copy_maps(spec, rows, places, out, part)
     elif spec.kind == "token" and rows.padding is not None:
         take_rows(places[part], out, padding=rows.padding[part])
@@ -268,16 +299,23 @@ def _scratch() -> Buffers:
     return _local.buffers
 
 
+def _given_type(spec: FieldSpec, *, as_stored: bool) -> torch.dtype:
+    """Of the tensor that is handed out: whole numbers come as int64, but bytes stay bytes."""
+    if spec.type in WHOLE:
+        return torch.uint8 if spec.type == "uint8" else torch.int64
+    return _STORED[spec.type] if as_stored and spec.type != "int8" else torch.float32
+
+
 def _shape(spec: FieldSpec, rows: _Rows) -> tuple[int, ...]:
     batch, longest = len(rows.numbers), rows.longest
     if spec.kind == "row":
         return (batch, spec.width)  # (B, C)
+    if spec.kind == "target":
+        assert rows.targets is not None
+        return (int(rows.targets.sum()), spec.width)  # (T, W)
     return (batch, longest, spec.width) if spec.kind == "token" else (batch, spec.width, longest, longest)
 
 
 def _sizes(spec: FieldSpec, rows: _Rows) -> np.ndarray:
     """(B,) int64: bytes of each row as they are stored."""
-    size = spec.width * DTYPES[spec.type].itemsize
-    if spec.kind == "row":
-        return np.full(len(rows.numbers), size, np.int64)
-    return size * (rows.lengths if spec.kind == "token" else rows.lengths * rows.lengths)
+    return DTYPES[spec.type].itemsize * spec.values(rows.lengths, rows.targets)

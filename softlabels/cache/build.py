@@ -39,7 +39,7 @@ from softlabels.cache.format import (
 )
 from softlabels.cache.inside import read_inside
 from softlabels.cache.settings import folder_receipt
-from softlabels.cache.writer import write_examples
+from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
@@ -82,6 +82,7 @@ class CacheBuild:
             vocab_size=self.manifest.teacher.vocab_size,
             token_types=self.manifest.teacher.token_types,
             text=self.manifest.dump.text,
+            labels=labels_type(self.manifest.teacher),
             truncated=rows.truncated,
         )
 

@@ -24,6 +24,9 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),  # neither numpy nor Arrow has the type: its bits
     "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "uint16": np.dtype("<u2"),
+    "int32": np.dtype("<i4"),
 }
 LARGEST = {
     "float32": torch.finfo(torch.float32).max,

@@ -21,14 +21,29 @@ empty, one after the other. All numbers are little-endian.
 
 **`examples`** columns: `id` string, unique in the cache; `token_hash` uint64, xxh3-64 over the int32 little-endian
 token ids and then the uint8 token types; `input_ids` list<uint16>, or list<int32> where the vocabulary is larger than
-65,536; `token_type_ids` list<uint8>, only where the tokenizer gives them; `label` int32, -100 for none; `text` and
-`text_b` string, only where the cache keeps texts (`text_b` is empty for single texts).
+65,536; `token_type_ids` list<uint8>, only where the tokenizer gives them; `label` int32, -100 for none; `labels`, only
+where the teacher's task has more than one class a row (below); `text` and `text_b` string, only where the cache keeps
+texts (`text_b` is empty for single texts).
 
-**Other fields** have a column named like the field, of one of three kinds (`kind` in the manifest):
+**Labels.** `teacher.task` in the manifest says what the teacher was made for, and what `labels` holds:
+    sequence-classification, sentence-embedding      no `labels`; `label` is the class
+    multi-label-classification, regression           fixed_size_list<float32>[number of label_names]: 0 or 1 for each
+                                                     class, or the targets; all NaN in a row without
+    token-classification                             list<int32>, a class a token; -100 where there is none, such as
+                                                     special tokens and all but the first piece of a word
+    masked-lm                                        list<int32>, the id that was there where a token was masked, else
+                                                     -100; `input_ids` are the masked ones
+    causal-lm                                        list<int32>, the id of the next token; -100 at the last one. What a
+                                                     field says of a token is the prediction of its label: the shift is
+                                                     done, once, here
+In all but the first line `label` is -100. A token whose label isn't -100 is a **target**.
+
+**Other fields** have a column named like the field, of one of four kinds (`kind` in the manifest):
     row    fixed_size_list<T>[width]      `logits`: width = number of classes; `hidden.06@cls`: the first token's state
     token  list<T>, L·width values        a value vector a token: `hidden.06`; `query.06`, `key.06`, `value.06` with
                                           width = heads·head width, heads outermost
     pair   list<T>, width·L·L values      `attention.06`: a map a head, query rows, key columns; width = heads
+    target list<T>, width values a target a vector for each target of the row, in their order: vocabulary-sized logits
 L is the length of the row's `input_ids`: nothing is padded. Layer 0 is the embedding output, layer i the output of
 layer i. `type` in the manifest says what T is and what a stored value means:
     float32   T = float32
@@ -38,6 +53,7 @@ layer i. `type` in the manifest says what T is and what a stored value means:
               float32 for kind row, list<float32> with L values for kind token. The JSON under `softlabels` has one
               more key, `channels`: base64 of `width` float32 numbers, all finite and above 0, the same for the
               whole shard. Value c of a vector is (q · scale) · channels[c], in float32.
+    uint8, uint16, int32   T is the same: whole numbers as they are, of kind target
 `logits` are never int8. Where a type was too narrow for values and the user had these clipped, `clipped` in the
 receipt counts them, and the manifest's shard table has their sum.
 
@@ -65,16 +81,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
 
 from softlabels.cache.inside import read_inside
 from softlabels.errors import CacheError
+from softlabels.types import LANGUAGE_MODELS, TOKEN_LABELS, Task
 
 FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"
 TEMPORARY = ".tmp-"  # prefix of every file that is not whole yet
+WHOLE = ("uint8", "uint16", "int32")  # types whose values are whole numbers, stored as they are
 LIST_LIMIT = 2**31 - 1  # values in a list column of one record batch: its offsets are int32
 
 FIELD_NAME = re.compile(r"[a-z][a-z_]{0,30}(\.[0-9]{2,4})?(@[a-z]{1,10})?")
@@ -122,20 +141,29 @@ class FolderReceipt(_Part):
 class FieldSpec(_Part):
     """What one field holds; see the format for the kinds."""
 
-    kind: Literal["row", "token", "pair"]
-    type: Literal["float32", "float16", "bfloat16", "int8"]
+    kind: Literal["row", "token", "pair", "target"]
+    type: Literal["float32", "float16", "bfloat16", "int8", "uint8", "uint16", "int32"]
     width: int = Field(ge=1, le=2**31 - 1)
     heads: int | None = Field(default=None, ge=1)  # of query, key, value and attention
 
     @model_validator(mode="after")
     def _vectors(self) -> FieldSpec:
-        if self.type == "int8" and self.kind == "pair":
-            raise ValueError("int8 has a scale a vector, and a pair field has no vectors: store it as float16")
+        if self.type == "int8" and self.kind not in ("row", "token"):
+            raise ValueError(f"int8 is for row and token fields, not for a {self.kind} field: store it as float16")
+        if self.type in WHOLE and self.kind != "target":
+            raise ValueError(f"{self.type} is for target fields")
         return self
 
-    def values(self, tokens: int) -> int:
-        """How many values a row of `tokens` tokens has."""
-        return self.width * {"row": 1, "token": tokens, "pair": tokens * tokens}[self.kind]
+    def values(self, tokens: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
+        """(rows,) int64: how many values rows of so many `tokens` and `targets` have."""
+        tokens = tokens.astype(np.int64)
+        if self.kind == "row":
+            return np.full(len(tokens), self.width, np.int64)
+        if self.kind == "target":
+            if targets is None:
+                raise ValueError("a target field needs the number of targets of every row")
+            return self.width * targets.astype(np.int64)
+        return self.width * (tokens if self.kind == "token" else tokens * tokens)
 
 
 class ShardTable(_Part):
@@ -182,12 +210,22 @@ class TeacherCard(_Part):
 
     name: str
     weights_hash: str
-    task: Literal["sequence-classification"]
-    label_names: list[str] = Field(min_length=2)
+    task: Task
+    label_names: list[str]  # of classes or targets, in the order of the logits; none of language and embedding models
     vocab_size: int = Field(ge=1, le=2**24)  # of the tokenizer
     pad_token_id: TokenId
     unk_token_id: TokenId | None
     token_types: bool
+
+    @model_validator(mode="after")
+    def _named(self) -> TeacherCard:
+        least = 2 if self.task in ("sequence-classification", "token-classification") else 1
+        if self.task in (*LANGUAGE_MODELS, "sentence-embedding"):
+            if self.label_names:
+                raise ValueError(f"a teacher for {self.task} has no label_names")
+        elif len(self.label_names) < least:
+            raise ValueError(f"a teacher for {self.task} has at least {least} label_names")
+        return self
 
 
 class CorpusCard(_Part):
@@ -233,6 +271,9 @@ class Manifest(_Part):
         for name in self.fields:
             if not FIELD_NAME.fullmatch(name) or name == EXAMPLES:
                 raise ValueError(f"'{name}' is no field name")
+        targets = [name for name, spec in self.fields.items() if spec.kind == "target"]
+        if targets and self.teacher.task not in TOKEN_LABELS:
+            raise ValueError(f"'{targets[0]}' is of kind target, and {self.teacher.task} has no targets")
         if "logits" in self.fields and self.fields["logits"].type == "int8":
             raise ValueError("logits are never int8")
         if not self.complete:
@@ -255,6 +296,7 @@ def identity(manifest: Manifest) -> dict[str, Any]:
     """What must be equal for two dumps to share a folder, as flat `key: value`."""
     return {
         "teacher.weights_hash": manifest.teacher.weights_hash,
+        "teacher.task": manifest.teacher.task,
         "teacher.label_names": manifest.teacher.label_names,
         "tokenizer_hash": manifest.tokenizer_hash,
         "corpus.hash": manifest.corpus.hash,

@@ -24,6 +24,9 @@ _MEMORY = memoryview(_EXTENT).cast("B")
 _ELEMENTS = {size: np.frombuffer(_MEMORY, np.dtype(f"u{size}")) for size in (1, 2, 4, 8)}
 _TENSORS = {
     torch.int8: torch.from_numpy(_ELEMENTS[1].view(np.int8)),
+    torch.uint8: torch.from_numpy(_ELEMENTS[1]),
+    torch.int16: torch.from_numpy(_ELEMENTS[2].view(np.int16)),
+    torch.int32: torch.from_numpy(_ELEMENTS[4].view(np.int32)),
     torch.float16: torch.from_numpy(_ELEMENTS[2].view(np.float16)),
     torch.bfloat16: torch.from_numpy(_ELEMENTS[2].view(np.int16)).view(torch.bfloat16),
     torch.float32: torch.from_numpy(_ELEMENTS[4].view(np.float32)),

@@ -7,8 +7,8 @@ import pyarrow as pa
 import xxhash
 
 from softlabels.cache.format import Manifest
-from softlabels.cache.shards import list_lengths
-from softlabels.types import NO_LABEL
+from softlabels.cache.shards import count_targets, list_lengths
+from softlabels.types import NO_LABEL, TOKEN_LABELS, VECTOR_LABELS, Task
 
 
 class Members:
@@ -17,6 +17,7 @@ class Members:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.lengths: dict[int, np.ndarray] = {}  # shard → (rows,) tokens, of the shards that were added
+        self.targets: dict[int, np.ndarray] = {}  # the same, of targets, where the task has some
         self._hashes: dict[int, np.ndarray] = {}  # shard → (rows,) of their ids: 8 bytes a row, not the ids
         self._labelled = 0
 
@@ -24,7 +25,9 @@ class Members:
         """Take in a checked shard of `examples`; what does not fit in it, or None."""
         tokens = list_lengths(table, "input_ids")
         self.lengths[shard] = tokens
-        self._labelled += int((table.column("label").to_numpy() != NO_LABEL).sum())
+        self._labelled += _count_labelled(table, self.manifest.teacher.task)
+        if self.manifest.teacher.task in TOKEN_LABELS:
+            self.targets[shard] = count_targets(table)
         names = [name.encode() for name in table.column("id").to_pylist()]
         self._hashes[shard] = np.fromiter(map(xxhash.xxh3_64_intdigest, names), np.uint64, len(names))
         if int(tokens.sum()) != self.manifest.shard_tokens[shard]:
@@ -52,9 +55,20 @@ class Members:
             ):  # 64 bits: two different ids with one hash come once in a thousand caches of a billion rows
                 shards = [str(shard) for shard, part in self._hashes.items() if np.isin(doubled[0], part)]
                 found.append(f"an id is there more than once, in shard {' and '.join(shards)}")
-        if len(self._hashes) == len(self.manifest.shard_rows) and self._labelled != card.labelled:
+        by_row = self.manifest.teacher.task not in TOKEN_LABELS  # a tag may have been cut off with its word
+        if by_row and len(self._hashes) == len(self.manifest.shard_rows) and self._labelled != card.labelled:
             found.append(f"{self._labelled} rows have a label, and not the {card.labelled} of the manifest")
         return found
+
+
+def _count_labelled(table: pa.Table, task: Task) -> int:
+    """How many rows have a label of their own, or numbers for labels."""
+    if task not in VECTOR_LABELS:
+        return int((table.column("label").to_numpy() != NO_LABEL).sum())
+    return sum(
+        int((~np.isnan(chunk.values.to_numpy(zero_copy_only=True)).reshape(len(chunk), -1)).all(axis=1).sum())
+        for chunk in table.column("labels").chunks
+    )
 
 
 def token_hashes(table: pa.Table, tokens: np.ndarray, *, types: bool) -> np.ndarray:

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from softlabels.cache.batches import BatchReader, CacheBatch
+from softlabels.cache.batches import LABELS, BatchReader, CacheBatch
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
 from softlabels.cache.gather import Buffers, FreshBuffers
 from softlabels.cache.loader import CacheLoader, LoadOptions
-from softlabels.cache.shards import check_lengths, check_size, open_shard
+from softlabels.cache.shards import check_lengths, check_size, count_targets, open_shard
 from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.tokens import shuffled_batches, windowed_batches
-from softlabels.types import Signals, TokenBatch
+from softlabels.types import TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
 
 if TYPE_CHECKING:
     import datasets
@@ -104,8 +104,15 @@ class Cache:
         return np.concatenate([np.diff(starts) for shard in lists for starts in shard.starts]).astype(np.int32)
 
     @cached_property
+    def targets(self) -> np.ndarray | None:
+        """(N,) int64: tokens of every row that have a label, as in a language model's cache; None where none can."""
+        if self.manifest.teacher.task not in TOKEN_LABELS:
+            return None
+        return np.concatenate([count_targets(self._shard(EXAMPLES, shard)) for shard in self._all_shards()])
+
+    @cached_property
     def labels(self) -> np.ndarray:
-        """(N,) int64: class of every row, NO_LABEL for none."""
+        """(N,) int64: class of every row, NO_LABEL for none; of a task with other labels, see `batch`."""
         return self._flat_column("label").astype(np.int64)
 
     @cached_property
@@ -301,6 +308,8 @@ class Cache:
         """A column of one shard, its rows' lengths checked: of `examples`, a field itself, or its scales."""
         if field != EXAMPLES and self.fields[field].kind == "row":
             return self._rows(field, shard, "" if column == field else column)
+        if column == LABELS and self.manifest.teacher.task in VECTOR_LABELS:
+            return self._rows(field, shard, column)
         return self._column_lists(field, column, shard)
 
     def _column_lists(self, field: str, column: str, shard: int) -> _Lists:
@@ -313,8 +322,11 @@ class Cache:
             lists = _Lists([_flat(chunk) for chunk in chunks], starts, bounds)
             if field != EXAMPLES:
                 first = shard * self.manifest.dump.shard_rows
-                tokens = self.lengths[first : first + self.manifest.shard_rows[shard]]
-                check_lengths(table, field, self.fields[field], tokens, where=shard_file(self.path, field, shard))
+                rows, spec = slice(first, first + self.manifest.shard_rows[shard]), self.fields[field]
+                targets = self.targets[rows] if spec.kind == "target" and self.targets is not None else None
+                check_lengths(
+                    table, field, spec, self.lengths[rows], targets, where=shard_file(self.path, field, shard)
+                )
             self._lists[key] = lists
         return self._lists[key]
 
@@ -323,10 +335,12 @@ class Cache:
         table = self._shard(field, shard)
         key = (field, shard, column)
         if key not in self._lists:
-            chunks, width = table.column(column or field).chunks, 1 if column else self.fields[field].width
+            chunks = table.column(column or field).chunks
+            listed = pa.types.is_fixed_size_list(chunks[0].type)
+            width = chunks[0].type.list_size if listed else 1
             bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)])
             starts = [np.arange(len(chunk) + 1) * width for chunk in chunks]
-            values = [chunk.to_numpy() if column else _flat(chunk) for chunk in chunks]
+            values = [_flat(chunk) if listed else chunk.to_numpy() for chunk in chunks]
             self._lists[key] = _Lists(values, starts, bounds)
         return self._lists[key]
 

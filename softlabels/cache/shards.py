@@ -16,9 +16,9 @@ from softlabels.cache.arrow import read_table
 from softlabels.cache.files import map_file
 from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, shard_file
 from softlabels.cache.inside import open_inside
-from softlabels.cache.writer import SCALE, examples_schema, field_schema, read_channels
+from softlabels.cache.writer import SCALE, examples_schema, field_schema, labels_type, read_channels
 from softlabels.errors import CacheError
-from softlabels.types import NO_LABEL
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, TOKEN_LABELS, VECTOR_LABELS
 
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
@@ -66,7 +66,13 @@ def wanted_schema(manifest: Manifest, field: str, shard: int, found: pa.Schema, 
     """The schema that the shard's file must have; the channel scales of an int8 field are the file's own."""
     card = manifest.teacher
     if field == EXAMPLES:
-        return examples_schema(shard, vocab_size=card.vocab_size, token_types=card.token_types, text=manifest.dump.text)
+        return examples_schema(
+            shard,
+            vocab_size=card.vocab_size,
+            token_types=card.token_types,
+            text=manifest.dump.text,
+            labels=labels_type(card),
+        )
     spec = manifest.fields[field]
     channels = read_channels(found, spec.width, where=where) if spec.type == "int8" else None
     return field_schema(field, spec, shard, channels=channels)
@@ -85,6 +91,33 @@ def _check_examples(table: pa.Table, manifest: Manifest, path: Path) -> None:
         raise CacheError(f"{path} has labels beyond the {len(card.label_names)} classes: it is damaged")
     if card.token_types and not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "token_type_ids")):
         raise CacheError(f"{path} has rows with more or fewer token types than tokens: it is damaged")
+    if card.task in TOKEN_LABELS:
+        _check_token_labels(table, manifest, path)
+    elif card.task in VECTOR_LABELS:
+        for chunk in table.column("labels").chunks:
+            if np.isinf(chunk.values.to_numpy(zero_copy_only=True)).any():
+                raise CacheError(f"{path} has infinite labels: it is damaged")
+
+
+def _check_token_labels(table: pa.Table, manifest: Manifest, path: Path) -> None:
+    card = manifest.teacher
+    most = card.vocab_size if card.task in LANGUAGE_MODELS else len(card.label_names)
+    if not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "labels")):
+        raise CacheError(f"{path} has rows with more or fewer labels than tokens: it is damaged")
+    for chunk in table.column("labels").chunks:
+        labels = chunk.values.to_numpy(zero_copy_only=True)
+        if ((labels != NO_LABEL) & ((labels < 0) | (labels >= most))).any():
+            raise CacheError(f"{path} has token labels that are neither {NO_LABEL} nor below {most}: it is damaged")
+
+
+def count_targets(table: pa.Table) -> np.ndarray:
+    """(rows,) int64: how many tokens of every row of an `examples` shard have a label."""
+    counts = []
+    for chunk in table.column("labels").chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1)
+        before = np.concatenate([[0], np.cumsum(chunk.values.to_numpy(zero_copy_only=True) != NO_LABEL)])
+        counts.append(before[offsets[1:]] - before[offsets[:-1]])
+    return np.concatenate(counts)
 
 
 def list_lengths(table: pa.Table, column: str) -> np.ndarray:
@@ -94,13 +127,13 @@ def list_lengths(table: pa.Table, column: str) -> np.ndarray:
     return np.concatenate([np.diff(part) for part in offsets])
 
 
-def check_lengths(table: pa.Table, field: str, spec: FieldSpec, tokens: np.ndarray, *, where: Path) -> None:
+def check_lengths(
+    table: pa.Table, field: str, spec: FieldSpec, tokens: np.ndarray, targets: np.ndarray | None = None, *, where: Path
+) -> None:
     """CacheError where a row has not as many values as its tokens ask for: reshaping would mix rows."""
     if spec.kind == "row":
         return
-    tokens = tokens.astype(np.int64)
-    wanted = spec.width * (tokens if spec.kind == "token" else tokens * tokens)
-    fits = np.array_equal(list_lengths(table, field), wanted)
+    fits = np.array_equal(list_lengths(table, field), spec.values(tokens, targets))
     if fits and spec.type == "int8":
         fits = np.array_equal(list_lengths(table, SCALE), tokens)
     if not fits:

@@ -426,7 +426,8 @@ def _look_inside(check: _Check, manifest: Manifest, name: str, shard: int, membe
         table = open_shard(check.folder, manifest, name, shard)
         if name != EXAMPLES:
             if shard in members.lengths:
-                check_lengths(table, name, manifest.fields[name], members.lengths[shard], where=_arrow(name, shard))
+                tokens, targets = members.lengths[shard], members.targets.get(shard)
+                check_lengths(table, name, manifest.fields[name], tokens, targets, where=_arrow(name, shard))
             return
         problem = members.add(table, shard)
     except CacheError as error:

@@ -38,17 +38,25 @@ from softlabels.cache.format import (
     EXAMPLES,
     LIST_LIMIT,
     VERSION,
+    WHOLE,
     FieldSpec,
     Receipt,
+    TeacherCard,
     receipt_file,
     shard_file,
     to_json,
 )
 from softlabels.errors import CacheError
 from softlabels.tokens import token_hash
-from softlabels.types import TokenizedExample
+from softlabels.types import TOKEN_LABELS, VECTOR_LABELS, TokenizedExample
 
-_ARROW = {"float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(), "int8": pa.int8()}
+_ARROW = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "bfloat16": pa.uint16(),
+    "int8": pa.int8(),
+    **{name: pa.type_for_alias(name) for name in WHOLE},
+}
 SCALE = "scale"  # the column of an int8 field's scales
 
 
@@ -176,6 +184,7 @@ class FieldShard:
         *,
         shard: int,
         tokens: np.ndarray,
+        targets: np.ndarray | None = None,
         overflow: Overflow = "refuse",
         limit: int = LIST_LIMIT,
     ) -> None:
@@ -183,7 +192,7 @@ class FieldShard:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.receipt_path = receipt_file(folder, field, shard)
         self.field, self.spec, self.shard, self.tokens, self.overflow = field, spec, shard, tokens, overflow
-        self.counts = np.array([spec.values(int(length)) for length in tokens], dtype=np.int64)
+        self.counts = spec.values(tokens, targets)
         self.bounds = batch_bounds(self.counts, limit=limit)
         self.written = np.zeros(len(tokens), dtype=bool)
         self.clipped = 0
@@ -222,10 +231,13 @@ class FieldShard:
         self.size = layout.position
 
     def write(self, rows: np.ndarray, values: Tensor, *, ids: Sequence[str]) -> None:
-        """Write the padded batch `values` (B, …), as a capture gives it, to `rows`.
+        """Write the padded batch `values` (B, …), as a capture gives it, to `rows`; a target field's is flat, (T, W).
 
         CacheError names those of `ids` (B) that have values which the field's type cannot hold.
         """
+        if self.spec.kind == "target":
+            self._write_targets(rows, values, ids=ids)
+            return
         values, clipped = in_range(
             without_padding(values, self.spec, self.tokens[rows]),
             self.spec,
@@ -243,6 +255,25 @@ class FieldShard:
             self._measure()
         else:
             self._write(batch)
+
+    def _write_targets(self, rows: np.ndarray, values: Tensor, *, ids: Sequence[str]) -> None:
+        """Vectors a target, row after row."""
+        targets = self.counts[rows] // self.spec.width
+        if self.spec.type in WHOLE:
+            stored = values.cpu().numpy()
+            element = np.iinfo(DTYPES[self.spec.type])
+            if stored.size and not (element.min <= stored.min() and stored.max() <= element.max):
+                raise ValueError(f"'{self.field}' has numbers beyond {self.spec.type}")
+            stored = stored.astype(DTYPES[self.spec.type])
+        else:
+            owners = [name for name, count in zip(ids, targets.tolist(), strict=True) for _ in range(count)]
+            values, clipped = in_range(values, self.spec, field=self.field, ids=owners, overflow=self.overflow)
+            self.clipped += clipped
+            stored = encode(values, self.spec, channels=None).values
+        if len(stored) != targets.sum():
+            raise ValueError(f"'{self.field}' has {len(stored)} vectors for {targets.sum()} targets")
+        for row, part in zip(rows.tolist(), np.split(stored, np.cumsum(targets)[:-1]), strict=True):
+            self.put(row, part)
 
     def _measure(self) -> None:
         """Fix the channel scales by the vectors that came first, and write what waited for them."""
@@ -322,13 +353,26 @@ class _Batch:
     values: Tensor
 
 
-def examples_schema(shard: int, *, vocab_size: int, token_types: bool, text: bool) -> pa.Schema:
-    """The Arrow schema of an `examples` shard."""
+def labels_type(card: TeacherCard) -> pa.DataType | None:
+    """What `labels` of `examples` is for such a teacher; None where there is none."""
+    if card.task in TOKEN_LABELS:
+        return _list_type(pa.int32())
+    if card.task in VECTOR_LABELS:
+        return pa.list_(pa.field("item", pa.float32(), nullable=False), len(card.label_names))
+    return None
+
+
+def examples_schema(
+    shard: int, *, vocab_size: int, token_types: bool, text: bool, labels: pa.DataType | None = None
+) -> pa.Schema:
+    """The Arrow schema of an `examples` shard; `labels` as `labels_type` gives it."""
     columns = {"id": pa.string(), "token_hash": pa.uint64()}
     columns["input_ids"] = _list_type(pa.from_numpy_dtype(id_type(vocab_size)))
     if token_types:
         columns["token_type_ids"] = _list_type(pa.uint8())
     columns["label"] = pa.int32()
+    if labels is not None:
+        columns["labels"] = labels
     if text:
         columns |= {"text": pa.string(), "text_b": pa.string()}
     fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
@@ -347,6 +391,8 @@ def examples_batch(examples: Sequence[TokenizedExample], schema: pa.Schema) -> p
             columns.append(_list_column([example.input_ids for example in examples], field.type))
         elif field.name == "token_type_ids":
             columns.append(_list_column([_types_of(example) for example in examples], field.type))
+        elif field.name == "labels":
+            columns.append(_labels_column(examples, field.type))
         else:
             columns.append(pa.array([_VALUES[field.name](example) for example in examples], field.type))
     return pa.record_batch(columns, schema=schema)
@@ -366,6 +412,16 @@ def _types_of(example: TokenizedExample) -> np.ndarray:
     return np.zeros(len(example.input_ids), np.uint8) if types is None else types
 
 
+def _labels_column(examples: Sequence[TokenizedExample], kind: pa.DataType) -> pa.Array:
+    rows = [example.labels for example in examples if example.labels is not None]
+    if len(rows) != len(examples):
+        raise ValueError("every row of this task needs `labels`")
+    if pa.types.is_list(kind):
+        return _list_column(rows, kind)
+    flat = pa.array(np.concatenate(rows).astype(np.float32), pa.float32())
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
 def _list_column(rows: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
@@ -381,10 +437,11 @@ def write_examples(
     vocab_size: int,
     token_types: bool,
     text: bool,
+    labels: pa.DataType | None = None,
     truncated: int = 0,
 ) -> Receipt:
     """Write and commit one shard of `examples`; `truncated` of them were cut."""
-    schema = examples_schema(shard, vocab_size=vocab_size, token_types=token_types, text=text)
+    schema = examples_schema(shard, vocab_size=vocab_size, token_types=token_types, text=text, labels=labels)
     batch = examples_batch(examples, schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:

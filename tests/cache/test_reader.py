@@ -78,7 +78,9 @@ def made(tmp_path: Path) -> tuple[Path, dict[str, list[np.ndarray]]]:
     build = CacheBuild(tmp_path, manifest())
     for field, spec in build.manifest.fields.items():
         kind = np.float16 if spec.type == "float16" else np.float32
-        values[field] = [rng.standard_normal(spec.values(length)).astype(kind) for length in LENGTHS]
+        values[field] = [
+            rng.standard_normal(int(spec.values(np.array([length]))[0])).astype(kind) for length in LENGTHS
+        ]
     for shard in build.shards():
         rows = examples()[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS]
         write_examples(tmp_path, rows, shard=shard, vocab_size=100, token_types=True, text=True)

@@ -26,7 +26,8 @@ def example(name: str, ids: list[int], label: int = NO_LABEL) -> TokenizedExampl
 
 def values_of(spec: FieldSpec, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(spec.values(int(n))).astype("<f2" if spec.type == "float16" else "<f4") for n in TOKENS]
+    kind = "<f2" if spec.type == "float16" else "<f4"
+    return [rng.standard_normal(count).astype(kind) for count in spec.values(np.array(TOKENS)).tolist()]
 
 
 @pytest.mark.parametrize("kind", ["row", "token", "pair"])

@@ -1,0 +1,263 @@
+"""What a teacher was made for: found from its configuration, and what follows for its class, its tokens and its labels.
+
+A corpus's rows and a task come in; token rows with the labels that the cache format asks for go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from softlabels.config import Masking
+from softlabels.corpus import Corpus, encode_labels
+from softlabels.errors import ConfigError, CorpusError, TeacherError
+from softlabels.tokens import Tokenized, tokenize
+from softlabels.types import (
+    LANGUAGE_MODELS,
+    NO_LABEL,
+    TASKS,
+    TOKEN_LABELS,
+    VECTOR_LABELS,
+    Example,
+    Label,
+    Task,
+    TokenizedExample,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# How the classes of transformers end, and the one that loads them. Of two that fit, the first.
+_ENDINGS: tuple[tuple[str, Task], ...] = (
+    ("ForSequenceClassification", "sequence-classification"),
+    ("ForTokenClassification", "token-classification"),
+    ("ForMaskedLM", "masked-lm"),
+    ("ForPreTraining", "masked-lm"),
+    ("ForCausalLM", "causal-lm"),
+    ("LMHeadModel", "causal-lm"),
+    ("Model", "sentence-embedding"),
+)
+AUTO_CLASSES: dict[Task, str] = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "multi-label-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "sentence-embedding": "AutoModel",
+}
+
+
+def find_task(config: PretrainedConfig, asked: str | None = None, *, where: object) -> Task:
+    """The task of a teacher: `asked`, or what its config.json says; TeacherError where that is nothing known here."""
+    if asked is not None:
+        for task in TASKS:
+            if task == asked:
+                return _by_problem(config) if task == "sequence-classification" else task
+        raise ConfigError(f"--task {asked}: there are {', '.join(TASKS)}")
+    name = (config.architectures or [""])[0]
+    for ending, task in _ENDINGS:
+        if name.endswith(ending):
+            return _by_problem(config) if task == "sequence-classification" else task
+    if not name:
+        return _by_problem(config)
+    raise TeacherError(f"{where} is a {name}, which no task fits: {', '.join(TASKS)}. Name one with --task")
+
+
+def _by_problem(config: PretrainedConfig) -> Task:
+    """What a sequence classifier's `problem_type` says; one output is a regression."""
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "multi-label-classification"
+    if problem == "regression" or (problem is None and config.num_labels == 1):
+        return "regression"
+    return "sequence-classification"
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLabels:
+    """The labels of some rows as numbers: one class each, or vectors, or tags a word, as the task has them."""
+
+    classes: list[int]  # NO_LABEL where the others hold the labels
+    vectors: np.ndarray | None = None  # (N, C) float32
+    tags: list[list[int] | None] | None = None  # a class a word
+
+    @property
+    def labelled(self) -> int:
+        """How many rows have a label."""
+        if self.vectors is not None:
+            return int((~np.isnan(self.vectors).any(axis=1)).sum())
+        if self.tags is not None:
+            return sum(tags is not None for tags in self.tags)
+        return sum(label != NO_LABEL for label in self.classes)
+
+    def part(self, start: int, stop: int) -> TaskLabels:
+        """Those of rows `start` to `stop`."""
+        return TaskLabels(
+            self.classes[start:stop],
+            None if self.vectors is None else self.vectors[start:stop],
+            None if self.tags is None else self.tags[start:stop],
+        )
+
+
+def encode_task_labels(task: Task, examples: Sequence[Example], label_names: Sequence[str]) -> TaskLabels:
+    """The rows' labels for a teacher of these `label_names`; CorpusError names those that it doesn't know."""
+    none = [NO_LABEL] * len(examples)
+    if task == "sequence-classification":
+        return TaskLabels(encode_labels(examples, label_names))
+    if task in VECTOR_LABELS:
+        return TaskLabels(none, vectors=_vectors(task, examples, label_names))
+    if task == "token-classification":
+        missing = [example.id for example in examples if example.words is None]
+        if missing:
+            raise CorpusError(f"row '{missing[0]}' has no words, which a teacher for {task} tags")
+        return TaskLabels(none, tags=_indices(examples, label_names))
+    return TaskLabels(none)
+
+
+def _indices(examples: Sequence[Example], label_names: Sequence[str]) -> list[list[int] | None]:
+    """Of each row the indices of its several labels."""
+    flat = [Example(row.id, row.text, label=item) for row in examples for item in _several(row.label)]
+    numbers = iter(encode_labels(flat, label_names))
+    return [None if row.label is None else [next(numbers) for _ in _several(row.label)] for row in examples]
+
+
+def _several(label: Label) -> Sequence[int | str | float]:
+    return label if isinstance(label, tuple) else [] if label is None else [label]
+
+
+def _vectors(task: Task, examples: Sequence[Example], label_names: Sequence[str]) -> np.ndarray:
+    """(N, C) float32: 1 for each class of a multi-label row, or the numbers of regression; NaN in rows without."""
+    out = np.full((len(examples), len(label_names)), np.nan, np.float32)
+    if task == "multi-label-classification":
+        for row, classes in enumerate(_indices(examples, label_names)):
+            if classes is not None:
+                out[row] = 0
+                out[row, classes] = 1
+        return out
+    for row, example in enumerate(examples):
+        if example.label is not None:
+            numbers = _several(example.label)
+            if len(numbers) != len(label_names):
+                raise CorpusError(
+                    f"row '{example.id}' has {len(numbers)} numbers for the teacher's {len(label_names)} outputs"
+                )
+            out[row] = numbers
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def mask_often(corpus: Corpus, masking: Masking) -> Corpus:
+    """`corpus` with `masking.times` copies of every row, each to be masked in its own way; ids 'x#0', 'x#1', …"""
+    if masking.times == 1:
+        return corpus
+    copies = [replace(row, id=f"{row.id}#{number}") for row in corpus.examples for number in range(masking.times)]
+    return replace(corpus, examples=copies)
+
+
+def tokenize_task(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    labels: TaskLabels,
+    masking: Masking | None = None,
+) -> Tokenized:
+    """Tokenise `examples`, each at most `max_length` tokens, with the labels that a teacher for `task` has.
+
+    Words that have tags are cut at words; a word's tag is that of its first piece. A language model's labels are the
+    tokens themselves: hidden ones as `masking` says, or the next ones.
+    """
+    if task == "token-classification":
+        return _tokenize_words(tokenizer, examples, max_length=max_length, tags=labels.tags or [])
+    tokenized = tokenize(tokenizer, examples, max_length=max_length, labels=labels.classes)
+    rows = tokenized.examples
+    if labels.vectors is not None:
+        rows = [replace(row, labels=vector) for row, vector in zip(rows, labels.vectors, strict=True)]
+    elif task == "causal-lm":
+        rows = [replace(row, labels=np.append(row.input_ids[1:], NO_LABEL).astype(np.int32)) for row in rows]
+    elif task == "masked-lm":
+        rows = [mask_tokens(row, tokenizer, masking or Masking()) for row in rows]
+    return Tokenized(rows, tokenized.truncated)
+
+
+def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking) -> TokenizedExample:
+    """`row` with a share of its tokens hidden, and what they were as `labels`.
+
+    As BERT does (Devlin et al. 2019, section 3.1): of the chosen tokens 80 % become the mask token, 10 % a random one,
+    10 % stay. At least one is chosen where there is any but special ones. All follows from `masking.seed` and the id.
+    """
+    rng = np.random.default_rng([masking.seed, xxhash.xxh3_64_intdigest(row.id.encode())])
+    special = tokenizer.get_special_tokens_mask(row.input_ids.tolist(), already_has_special_tokens=True)
+    free = np.flatnonzero(np.array(special) == 0)
+    draws = rng.random(len(free))
+    chosen = free[draws < masking.rate]
+    if not len(chosen) and len(free):
+        chosen = free[[int(draws.argmin())]]
+    labels, ids, kind = np.full(len(row.input_ids), NO_LABEL, np.int32), row.input_ids.copy(), rng.random(len(chosen))
+    labels[chosen] = ids[chosen]
+    ids[chosen[kind < 0.8]] = tokenizer.mask_token_id
+    others = chosen[(kind >= 0.8) & (kind < 0.9)]
+    ids[others] = rng.integers(0, len(tokenizer), len(others))
+    return replace(row, input_ids=ids, labels=labels)
+
+
+def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """TeacherError where a tokenizer lacks what `task` needs."""
+    if task == "masked-lm" and tokenizer.mask_token_id is None:
+        raise TeacherError("this tokenizer has no mask token, so nothing can be masked: is the teacher a causal-lm?")
+    if task == "token-classification" and not tokenizer.is_fast:
+        raise TeacherError("token classification needs a fast tokenizer, which knows what word a token is of")
+
+
+def _tokenize_words(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    tags: Sequence[list[int] | None],
+) -> Tokenized:
+    words = [list(example.words or ()) for example in examples]
+    try:
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, padding=False)
+    except AssertionError as error:  # byte-level tokenizers: a word in the middle needs a space before it
+        raise TeacherError(
+            f"this tokenizer does not take words: {error}. Save it with add_prefix_space set to true"
+        ) from None
+    types, rows = encoded.get("token_type_ids"), []
+    for i, example in enumerate(examples):
+        ids = np.asarray(encoded["input_ids"][i], dtype=np.int32)
+        kinds = None if types is None else np.asarray(types[i], dtype=np.uint8)
+        labels = align_tags(tags[i], encoded.word_ids(i))
+        rows.append(TokenizedExample(example.id, ids, kinds, NO_LABEL, example.text, None, labels))
+    return Tokenized(rows, sum(bool(encoding.overflowing) for encoding in encoded.encodings or []))
+
+
+def align_tags(tags: Sequence[int] | None, words: Sequence[int | None]) -> np.ndarray:
+    """(L,) int32: the tag of each token that begins a word, NO_LABEL elsewhere. `words`: each token's word, or None."""
+    labels, before = np.full(len(words), NO_LABEL, np.int32), None
+    for place, word in enumerate(words):
+        if tags is not None and word is not None and word != before:
+            labels[place] = tags[word]
+        before = word
+    return labels
+
+
+def has_label_names(task: Task) -> bool:
+    """Whether a teacher for `task` has classes or targets with names."""
+    return task not in (*LANGUAGE_MODELS, "sentence-embedding")
+
+
+def has_token_labels(task: Task) -> bool:
+    """Whether a label belongs to a token."""
+    return task in TOKEN_LABELS
