@@ -199,6 +199,16 @@ def dump_command(
             "all); may be repeated; by default logits",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="what the teacher was made for: sequence-classification, multi-label-classification, regression, "
+            "token-classification, masked-lm, causal-lm or sentence-embedding; by default what its config.json says"
+        ),
+    ] = None,
+    maskings: Annotated[int | None, typer.Option(min=1, help="of masked-lm: how often each text is masked")] = None,
+    mask_rate: Annotated[float | None, typer.Option(help="of masked-lm: the share of tokens; by default 0.15")] = None,
+    mask_seed: Annotated[int | None, typer.Option(min=0, help="of masked-lm: another one masks other tokens")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="tokens a text; by default what the teacher takes, at most 512")
     ] = None,
@@ -225,8 +235,11 @@ def dump_command(
     """STAGE 1: keep what a teacher says of a corpus."""
     from softlabels.config import DumpOptions, build_options
 
+    masking = {"times": maskings, "rate": mask_rate, "seed": mask_seed}
     given = {
         "capture": capture or None,
+        "task": task,
+        "masking": {key: value for key, value in masking.items() if value is not None} or None,
         "max_length": max_length,
         "batch_tokens": batch_tokens,
         "shard_rows": shard_rows,
@@ -241,8 +254,10 @@ def dump_command(
     )
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
+    from softlabels.teacher import teacher_task
 
-    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
+    found = teacher_task(teacher, task, trust_remote_code=trust_remote_code)
+    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=found)
     report = dump(
         data,
         teacher=teacher,

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
-from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest
+from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
 from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.captures import TeacherRun, parse_captures, prepare
-from softlabels.config import DumpOptions
-from softlabels.corpus import Corpus, encode_labels
+from softlabels.captures.forward import Request
+from softlabels.config import DumpOptions, Masking
+from softlabels.corpus import Corpus
+from softlabels.errors import ConfigError
 from softlabels.progress import progress
+from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, load_teacher
-from softlabels.tokens import Tokenized, batches_by_length, pad_batch, resolve_max_length, tokenize
-from softlabels.types import Example, TokenBatch, TokenizedExample
+from softlabels.tokens import Tokenized, batches_by_length, count_row_targets, pad_batch, resolve_max_length
+from softlabels.types import LANGUAGE_MODELS, Example, Task, TokenBatch, TokenizedExample
+
+_DEFAULT_CAPTURES: dict[Task, str] = {
+    "sentence-embedding": "pooled",
+    "masked-lm": "vocab:topk=64",
+    "causal-lm": "vocab:topk=64",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +69,28 @@ def dump(
     options = options or DumpOptions()
     out = Path(out)
     requests = parse_captures(options.capture)
+    loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code, task=options.task)
+    if not requests:
+        requests = parse_captures([_DEFAULT_CAPTURES.get(loaded.task, "logits")])
+    _check_captures(loaded.task, requests)
+    masking = options.masking if loaded.task == "masked-lm" else None
+    if masking is not None:
+        corpus = mask_often(corpus, masking)
     check_rows(corpus)
-    loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code)
-    labels = encode_labels(corpus.examples, loaded.label_names)
+    labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
     max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
     shortest = min(corpus.examples, key=lambda example: len(example.text))
-    probe = _batch(loaded, tokenize(loaded.tokenizer, [shortest], max_length=max_length).examples)
+    first = encode_task_labels(loaded.task, [replace(shortest, label=None)], loaded.label_names)
+    probe = _batch(
+        loaded,
+        tokenize_task(
+            loaded.task, loaded.tokenizer, [shortest], max_length=max_length, labels=first, masking=masking
+        ).examples,
+    )
     run = prepare(loaded.model, requests, probe)
     with _precision(loaded, options):
         fields = run.fields(probe, codec=options.codec)
-        manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels)
+        manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels, masking=masking)
         with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
@@ -81,8 +102,13 @@ def dump(
                 for shard, absent in missing.items():
                     start = shard * options.shard_rows
                     rows = _rows_of(corpus, options, shard)
-                    tokens = tokenize(
-                        loaded.tokenizer, rows, max_length=max_length, labels=labels[start : start + len(rows)]
+                    tokens = tokenize_task(
+                        loaded.task,
+                        loaded.tokenizer,
+                        rows,
+                        max_length=max_length,
+                        labels=labels.part(start, start + len(rows)),
+                        masking=masking,
                     )
                     _dump_shard(build, run, loaded, options, shard=shard, rows=tokens, missing=absent, update=update)
             final = build.finish()
@@ -96,6 +122,19 @@ def dump(
         bytes=sum(table.total for table in final.shards.values()),
         clipped=clipped_values(final),
     )
+
+
+def _check_captures(task: Task, requests: Sequence[Request]) -> None:
+    """ConfigError where logits are asked of a teacher that gives none, or too many of them."""
+    if all(request.capture != "logits" for request in requests):
+        return
+    if task == "sentence-embedding":
+        raise ConfigError("--capture logits: an embedding model gives none; capture pooled, or hidden:LAYERS@mean")
+    if task in LANGUAGE_MODELS:
+        raise ConfigError(
+            f"--capture logits: a {task} gives as many as its vocabulary has tokens: capture vocab:topk=64 or "
+            f"vocab:exact"
+        )
 
 
 def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
@@ -118,6 +157,7 @@ def _dump_shard(
     if EXAMPLES in missing:
         build.write_examples(shard, rows)
     lengths = np.array([len(example.input_ids) for example in examples])
+    targets = np.array([count_row_targets(example) for example in examples])
     writers: dict[str, FieldShard] = {}
     try:
         for field in missing:
@@ -128,6 +168,7 @@ def _dump_shard(
                     manifest.fields[field],
                     shard=shard,
                     tokens=lengths,
+                    targets=targets,
                     overflow=options.overflow,
                 )
         batches = batches_by_length(lengths, batch_tokens=manifest.dump.batch_tokens)
@@ -172,17 +213,19 @@ def _plan(
     *,
     fields: dict[str, FieldSpec],
     max_length: int,
-    labels: list[int],
+    labels: TaskLabels,
+    masking: Masking | None,
 ) -> Manifest:
     """The manifest as it stands before the first shard."""
     return plan_manifest(
         corpus,
-        labels=labels,
+        labelled=labels.labelled,
         teacher=teacher_card(
             teacher.tokenizer,
             name=teacher.name,
             weights_hash=teacher.weights_hash,
             label_names=teacher.label_names,
+            task=teacher.task,
         ),
         tokenizer=teacher.tokenizer,
         dump=DumpCard(
@@ -191,6 +234,7 @@ def _plan(
             batch_tokens=options.batch_tokens,
             dtype=options.dtype,
             text=options.text,
+            masking=None if masking is None else MaskingCard(**masking.model_dump()),
         ),
         fields=fields,
     )

@@ -84,7 +84,7 @@ def import_logits(
     logits = logits.astype(np.float32)
     manifest = plan_manifest(
         corpus,
-        labels=labels,
+        labelled=sum(label != NO_LABEL for label in labels),
         teacher=teacher_card(
             loaded,
             name=options.teacher_name or f"imported from {corpus.source}",

@@ -9,6 +9,7 @@ from typing import Any
 from softlabels.errors import CorpusError
 from softlabels.types import Label, Task
 
+
 def read_words(value: Any, *, where: str) -> tuple[str, ...] | None:
     """A list of words, or one string with spaces between them; None where the row has none."""
     if value is None:

@@ -1,4 +1,4 @@
-"""The teacher: a sequence classifier, loaded as it is, or fine-tuned from a pretrained model.
+"""The teacher: a model for any task, loaded as it is, or a sequence classifier fine-tuned from a pretrained one.
 
 `load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher`
 fine-tunes: labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about.
@@ -33,8 +33,9 @@ from softlabels.pretrained import (
     resolve_pretrained,
 )
 from softlabels.progress import progress
+from softlabels.tasks import AUTO_CLASSES, check_tokenizer, find_task, has_label_names
 from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, shuffled_batches, tokenize
-from softlabels.types import NO_LABEL, TokenizedExample
+from softlabels.types import NO_LABEL, VECTOR_LABELS, Task, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,13 +47,14 @@ _EVAL_ROWS = 64
 
 @dataclass(frozen=True)
 class Teacher:
-    """A classifier ready to be asked. `label_names` are in the order of its logits (B, C)."""
+    """A model ready to be asked. `label_names` are in the order of its logits, (B, C) or (B, L, C)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     label_names: list[str]
     weights_hash: str  # xxh3-128 (hex) of its safetensors files and config.json
+    task: Task = "sequence-classification"
 
 
 @dataclass(frozen=True)
@@ -128,32 +130,61 @@ def load_teacher(
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    task: str | None = None,
 ) -> Teacher:
-    """The classifier `name` (folder or hub name), frozen, in eval mode, in `dtype` (float32 by default).
+    """The model `name` (folder or hub name) for `task` (what its config.json says), frozen, in eval mode, in `dtype`.
 
-    TeacherError: not found, not safetensors, code not trusted, no trained classification head, not a
-    single-label classifier, or a tokenizer that does not fit.
+    TeacherError: not found, not safetensors, code not trusted, no trained head for the task, no names for its classes,
+    or a tokenizer that does not fit.
     """
     folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
-    names = _label_names(config, folder)
-    model, missing = _load_classifier(
-        folder,
-        config=config,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype or torch.float32,
-        new_head=False,
+    found = find_task(config, task, where=folder)
+    names = _label_names(config, folder, found) if has_label_names(found) else []
+    model = _load_with_head(
+        name, folder, config=config, task=found, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
     )
-    if missing:
-        raise TeacherError(
-            f"{name}: this model has no trained classification head "
-            f"({', '.join(missing[:3])} would be random): "
-            f"fine-tune it with softlabels train-teacher, and dump the folder that it writes"
-        )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    check_tokenizer(found, tokenizer)
     _fit_tokenizer(model, tokenizer, folder)
     model.eval().requires_grad_(False).to(_pick_device(device))
-    return Teacher(model, tokenizer, name, names, hash_weights(folder))
+    return Teacher(model, tokenizer, name, names, hash_weights(folder), found)
+
+
+def teacher_task(name: str, task: str | None = None, *, trust_remote_code: bool = False) -> Task:
+    """What the model `name` was made for, from its configuration alone."""
+    folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)
+    return find_task(_load_config(folder, trust_remote_code), task, where=folder)
+
+
+def _load_with_head(
+    name: str, folder: Path, *, config: PretrainedConfig, task: Task, trust_remote_code: bool, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model with the trained head of its task; TeacherError where it has none."""
+    model, missing = _load_model(
+        folder, config=config, task=task, trust_remote_code=trust_remote_code, dtype=dtype, new_head=False
+    )
+    if task == "sentence-embedding" and missing and all("pooler" in key for key in missing):
+        model, missing = _load_model(
+            folder,
+            config=config,
+            task=task,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            new_head=False,
+            pooler=False,
+        )
+    if not missing:
+        return model
+    shown = ", ".join(missing[:3])
+    if task == "sequence-classification":
+        raise TeacherError(
+            f"{name}: this model has no trained classification head ({shown} would be random): "
+            f"fine-tune it with softlabels train-teacher, and dump the folder that it writes"
+        )
+    raise TeacherError(
+        f"{name}: this model has no trained head for {task} ({shown} would be random): fine-tune it first"
+    )
 
 
 def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -165,14 +196,12 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise TeacherError(f"{folder / 'config.json'} is no model's configuration: {error}") from error
 
 
-def _label_names(config: PretrainedConfig, folder: Path) -> list[str]:
-    """The class names in the order of the logits; TeacherError where it is no single-label classifier."""
-    task, count = getattr(config, "problem_type", None), config.num_labels or 0
-    if task in ("regression", "multi_label_classification") or count < 2:
-        what = task or f"a model with {count} output"
+def _label_names(config: PretrainedConfig, folder: Path, task: Task) -> list[str]:
+    """The names of the classes or numbers in the order of the logits; TeacherError where there are too few."""
+    count = config.num_labels or 0
+    if count < (1 if task in VECTOR_LABELS else 2):
         raise TeacherError(
-            f"{folder} is {what}: only single-label classifiers of two or more classes can teach so far; "
-            f"regression and multi-label teachers come in a later version"
+            f"{folder} has {count} output{'s' * (count != 1)}, too few for {task}: is it another --task?"
         )
     named: dict[Any, Any] = config.id2label or {}
     names = [named.get(index) for index in range(count)]
@@ -183,15 +212,24 @@ def _label_names(config: PretrainedConfig, folder: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _load_classifier(
-    folder: Path, *, config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype, new_head: bool
+def _load_model(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    task: Task,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    new_head: bool,
+    pooler: bool = True,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The classifier, and what the checkpoint lacks, sorted. `new_head`: the head may have another size."""
-    from transformers import AutoModelForSequenceClassification
+    """The model, and what the checkpoint lacks, sorted. `new_head`: the head may have another size."""
+    import transformers
 
+    kind = getattr(transformers, AUTO_CLASSES[task])
+    more = {} if pooler else {"add_pooling_layer": False}
     try:
         with quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -199,14 +237,15 @@ def _load_classifier(
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=new_head,
                 output_loading_info=True,
+                **more,
             )
     except Exception as error:  # damaged files, unknown architectures, wrong sizes: each says so in its first line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TeacherError(f"{folder} does not load as a sequence classifier: {reason}") from error
+        raise TeacherError(f"{folder} does not load for {task}: {reason}") from error
     wrong_size = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     missing = sorted({*info["missing_keys"], *wrong_size})
-    body = f"{model.base_model_prefix}."
-    if any(key.startswith(body) for key in wrong_size):
+    body = f"{model.base_model_prefix}." if task != "sentence-embedding" else ""
+    if body and any(key.startswith(body) for key in wrong_size):
         raise TeacherError(f"{folder}: {wrong_size[0]} has another size than config.json says: the two do not fit")
     if sum(key.startswith(body) for key in missing) > len(model.state_dict()) / 2:
         raise TeacherError(f"{folder}: the weights are not those of a {config.model_type}, as config.json says")
@@ -303,9 +342,10 @@ def _prepare_model(
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
     config.problem_type = "single_label_classification"
-    network, _ = _load_classifier(
+    network, _ = _load_model(
         folder,
         config=config,
+        task="sequence-classification",
         trust_remote_code=options.trust_remote_code,
         dtype=torch.float32,
         new_head=True,

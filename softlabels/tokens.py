@@ -76,6 +76,12 @@ def token_hash(example: TokenizedExample) -> int:
     return hasher.intdigest()
 
 
+def count_row_targets(example: TokenizedExample) -> int:
+    """How many tokens of a row have a label of their own."""
+    labels = example.labels
+    return 0 if labels is None or labels.dtype != np.int32 else int(np.count_nonzero(labels != NO_LABEL))
+
+
 def batches_by_length(
     lengths: Sequence[int] | np.ndarray, *, batch_tokens: int | None = None, batch_size: int | None = None
 ) -> list[np.ndarray]:

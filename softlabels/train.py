@@ -66,6 +66,11 @@ def train_student(
     out = Path(out)
     check_options(options)
     objective = build_objective(options.losses, options.temperature)
+    task = cache.manifest.teacher.task
+    if task != "sequence-classification":
+        raise ConfigError(
+            f"train-student learns from classifiers of texts so far; the teacher of this cache is for {task}"
+        )
     cache.require(objective.fields(), why=f"loss '{_first_soft(objective)}'")
     rows = _teaching_rows(cache, objective)
     split = _hold_out(rows, cache, options, validation)

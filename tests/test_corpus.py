@@ -250,7 +250,7 @@ def test_bad_columns(tmp_path: Path) -> None:
 
 def test_token_classification_is_refused(tmp_path: Path) -> None:
     message = bad(tmp_path, '{"tokens": ["a"], "tags": ["O"]}')
-    assert "token classification is not supported by this version" in message
+    assert "words for token classification" in message
 
 
 # -------------------------------------------------------------------------------------------------------- ids

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
 from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
-from softlabels.types import NO_LABEL
+from softlabels.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class CacheBuild:
 def plan_manifest(
     corpus: Corpus,
     *,
-    labels: Sequence[int],
+    labelled: int,
     teacher: TeacherCard,
     tokenizer: PreTrainedTokenizerBase,
     dump: DumpCard,
@@ -148,7 +148,7 @@ def plan_manifest(
             split=corpus.split,
             hash=corpus.hash,
             rows=len(corpus.examples),
-            labelled=sum(label != NO_LABEL for label in labels),
+            labelled=labelled,
         ),
         dump=dump,
         fields=fields,
@@ -161,13 +161,18 @@ def plan_manifest(
 
 
 def teacher_card(
-    tokenizer: PreTrainedTokenizerBase, *, name: str, weights_hash: str, label_names: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    weights_hash: str,
+    label_names: list[str],
+    task: Task = "sequence-classification",
 ) -> TeacherCard:
     """Who spoke, and how it read."""
     return TeacherCard(
         name=name,
         weights_hash=weights_hash,
-        task="sequence-classification",
+        task=task,
         label_names=label_names,
         vocab_size=len(tokenizer),
         pad_token_id=int(tokenizer.pad_token_id),
@@ -240,7 +245,11 @@ def _previous(folder: Path) -> Manifest | None:
 
 def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) -> None:
     before, now = identity(previous), identity(manifest)
-    differences = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in before if before[key] != now[key]]
+    differences = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
     for field in manifest.fields.keys() & previous.fields.keys():
         if previous.fields[field] != manifest.fields[field]:
             differences.append(f"field {field} is there as {previous.fields[field].type}")

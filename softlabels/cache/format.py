@@ -82,7 +82,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from softlabels.cache.inside import read_inside
 from softlabels.errors import CacheError
@@ -239,6 +249,14 @@ class CorpusCard(_Part):
     truncated: Count = 0  # rows cut to max_length; counted when the dump is complete
 
 
+class MaskingCard(_Part):
+    """How tokens were hidden from a masked language model."""
+
+    rate: float = Field(gt=0, lt=1)
+    times: Positive
+    seed: Count
+
+
 class DumpCard(_Part):
     """The options that decide the bytes."""
 
@@ -247,6 +265,11 @@ class DumpCard(_Part):
     batch_tokens: Positive
     dtype: str
     text: bool
+    masking: MaskingCard | None = None  # of a masked language model, and in the file only there
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "masking" or value is not None}
 
 
 class Manifest(_Part):

@@ -9,10 +9,11 @@ from softlabels.captures.forward import Forward, Request
 
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
-    """`logits`, a row of C values; always float32, whatever the codec."""
-    return {"logits": FieldSpec(kind="row", type="float32", width=forward.logits.shape[-1])}
+    """`logits`, C values a row, or a token where the teacher labels tokens; always float32, whatever the codec."""
+    kind = "token" if forward.logits.ndim == 3 else "row"
+    return {"logits": FieldSpec.model_validate({"kind": kind, "type": "float32", "width": forward.logits.shape[-1]})}
 
 
 def take(request: Request, forward: Forward) -> dict[str, Tensor]:
-    """(B, C) float32."""
+    """(B, C), or (B, L, C) of a teacher that labels tokens; float32."""
     return {"logits": forward.logits.float()}

@@ -221,7 +221,7 @@ class Small:
         tokenizer = self.tokenizer
         manifest = plan_manifest(
             self.corpus,
-            labels=[0] * len(self.corpus.examples),
+            labelled=len(self.corpus.examples),
             teacher=teacher_card(tokenizer, name="t", weights_hash="0", label_names=["a", "b"]),
             tokenizer=tokenizer,
             dump=DumpCard(max_length=16, shard_rows=2, batch_tokens=64, dtype="float32", text=True),
