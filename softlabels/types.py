@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_LABEL = -100  # what torch's cross_entropy ignores; on disk and in batches the mark of a row without a label
+# A masked attention score, in caches and live: float16's lowest number, which every codec can hold (bfloat16 rounds it
+# to -65536) and whose softmax is 0. A score below MASKED / 2 is masked.
+MASKED = -65504.0
 
 
 Label = int | str | float | tuple[int | str | float, ...] | None
@@ -94,7 +97,8 @@ class Signals:
     """What a loss sees of either side, teacher (from the cache) or student (live), by the same names.
 
     `fields` maps a field's name to its padded tensor: `logits` (B, C), `hidden.06` (B, L, D) (0 is the embedding
-    output, i the output of layer i), `query.06`, `key.06`, `value.06` (B, H, L, K), `attention.06` (B, H, L, L).
+    output, i the output of layer i), `query.06`, `key.06`, `value.06` (B, H, L, K), `attention.06` and
+    `attention.06@scores` (B, H, L, L); rows of the shape (B, D): `hidden.06@cls`, `hidden.06@mean`, `pooled`.
     Layers are numbered from 1, as in the papers. `mask` is (B, L), 1 for a token; `labels` as in `TokenBatch`.
     Fields of a language model's targets are flat, (T, …): positions whose label is not NO_LABEL, row after row.
     """
@@ -130,6 +134,18 @@ class Signals:
 
     def value(self, layer: int) -> Tensor:
         return self.get(layer_field("value", layer))  # (B, H, L, K)
+
+    def attention_scores(self, layer: int) -> Tensor:
+        """(B, H, L, L), before the softmax; MASKED where a query may not look, padded keys included."""
+        scores = self.get(layer_field("attention", layer) + "@scores")
+        return scores.masked_fill(self.mask[:, None, None, :] == 0, MASKED)
+
+    def attention_probs(self, layer: int) -> Tensor:
+        """(B, H, L, L), from the scores where only these are there. Rows of padding mean nothing."""
+        name = layer_field("attention", layer)
+        if name not in self.fields and f"{name}@scores" in self.fields:
+            return self.attention_scores(layer).softmax(dim=-1)
+        return self.get(name)
 
 
 def layer_field(kind: str, layer: int) -> str:

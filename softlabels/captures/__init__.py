@@ -2,26 +2,29 @@
 
 A capture is a module with two functions: `fields(request, forward, codec=…)` says which cache fields it gives and what
 they look like, from one forward pass; `take(request, forward)` gives their values for a batch, (B, …) tensors laid out
-as the cache stores them. A new capture is one file here and one line in `CAPTURES`.
+as the cache stores them. `FIRST_LAYER` is the first layer it knows (None: it takes no layers), `FORMS` what may stand
+behind an @. A new capture is one file here and one line in `CAPTURES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabels.cache.format import FieldSpec
-from softlabels.captures import attention, hidden, logits, qkv
-from softlabels.captures.attention_tap import NAME, Tap, tap
-from softlabels.captures.forward import Forward, Request
+from softlabels.captures import attention, hidden, logits, pooled, qkv
+from softlabels.captures.attention_tap import NAME, Tap, own_configs
+from softlabels.captures.forward import Batch, Forward, Request
+from softlabels.captures.pooled import Pooling
+from softlabels.captures.tappable import eager_maps, own_maps, why_not_tapped
 from softlabels.config import suggest
 from softlabels.errors import ConfigError, TeacherError
-from softlabels.types import TokenBatch
 
 Codec = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -29,14 +32,24 @@ Codec = Literal["float32", "float16", "bfloat16", "int8"]
 class Capture(Protocol):
     """The contract of a capture module."""
 
+    @property
+    def FIRST_LAYER(self) -> int | None: ...
+
+    @property
+    def FORMS(self) -> tuple[str, ...]: ...
+
     def fields(self, request: Request, forward: Forward, *, codec: Codec) -> dict[str, FieldSpec]: ...
 
     def take(self, request: Request, forward: Forward) -> dict[str, Tensor]: ...
 
 
-CAPTURES: Mapping[str, Capture] = {"logits": logits, "hidden": hidden, "qkv": qkv, "attention": attention}
-
-_FIRST_LAYER = {"hidden": 0, "qkv": 1, "attention": 1}  # hidden state 0 is the embedding output
+CAPTURES: Mapping[str, Capture] = {
+    "logits": logits,
+    "hidden": hidden,
+    "pooled": pooled,
+    "qkv": qkv,
+    "attention": attention,
+}
 
 
 def parse_captures(items: Sequence[str]) -> list[Request]:
@@ -46,17 +59,19 @@ def parse_captures(items: Sequence[str]) -> list[Request]:
         name, colon, rest = item.partition(":")
         if name not in CAPTURES:
             raise ConfigError(f"no capture '{name}': there are {', '.join(CAPTURES)}.{suggest(name, CAPTURES)}")
-        if name == "logits":
+        capture = CAPTURES[name]
+        if capture.FIRST_LAYER is None:
             if colon:
-                raise ConfigError(f"--capture {item}: logits take no layers")
+                raise ConfigError(f"--capture {item}: {name} takes no layers")
             requests.append(Request(name))
             continue
-        layers, at, pooled = rest.partition("@")
+        layers, at, form = rest.partition("@")
         if not layers:
             raise ConfigError(f"--capture {item}: say which layers, for example {name}:6 or {name}:1-6 or {name}:all")
-        if at and (name != "hidden" or pooled != "cls"):
-            raise ConfigError(f"--capture {item}: only hidden:LAYERS@cls is known behind an @")
-        requests.append(Request(name, _parse_layers(layers, item), pooled))
+        if at and (not form or form not in capture.FORMS):
+            known = [f"{other}:LAYERS@{form}" for other, part in CAPTURES.items() for form in part.FORMS if form]
+            raise ConfigError(f"--capture {item}: behind an @ there are {', '.join(known)}")
+        requests.append(Request(name, _parse_layers(layers, item), form))
     if len(set(requests)) != len(requests):
         raise ConfigError("the same --capture is given twice")
     return requests
@@ -78,14 +93,16 @@ def _parse_layers(text: str, item: str) -> tuple[int, ...] | None:
     return tuple(sorted(layers))
 
 
-def resolve_layers(requests: Sequence[Request], *, layers: int) -> list[Request]:
+def resolve_layers(requests: Sequence[Request], *, layers: int | None) -> list[Request]:
     """Requests with 'all' written out, for a model of `layers` layers; ConfigError for layers it does not have."""
     resolved = []
     for request in requests:
-        if request.capture not in _FIRST_LAYER:
+        first = CAPTURES[request.capture].FIRST_LAYER
+        if first is None:
             resolved.append(request)
             continue
-        first = _FIRST_LAYER[request.capture]
+        if layers is None:
+            raise ConfigError(f"--capture {request.capture}: the teacher's config does not say how many layers it has")
         wanted = request.layers if request.layers is not None else tuple(range(first, layers + 1))
         missing = [layer for layer in wanted if not first <= layer <= layers]
         if missing:
@@ -93,7 +110,7 @@ def resolve_layers(requests: Sequence[Request], *, layers: int) -> list[Request]
                 f"--capture {request.capture}: the teacher has no layer {', '.join(map(str, missing))}; "
                 f"it has {first} to {layers}"
             )
-        resolved.append(Request(request.capture, wanted, request.pooled))
+        resolved.append(replace(request, layers=wanted))
     return resolved
 
 
@@ -103,29 +120,45 @@ class TeacherRun:
 
     model: PreTrainedModel
     requests: list[Request]
-    hidden_states: bool
     tapped: bool
-    eager_maps: bool  # the model bypasses the attention interface: its own maps are taken instead
+    eager_maps: bool  # the model's attention cannot be tapped: its own maps are taken instead
+    pooling: Pooling | None = None  # how `pooled` is pooled; None: see `captures.pooled`
 
-    @torch.no_grad()
-    def forward(self, batch: TokenBatch) -> Forward:
-        """Run the teacher once and keep what the captures look at."""
-        inputs = batch.model_inputs()
-        sink = Tap()
+    def wants(self, *captures: str) -> bool:
+        """Whether any of `captures` is asked for."""
+        return any(request.capture in captures for request in self.requests)
+
+    def layers_of(self, *captures: str) -> list[int]:
+        """The layers that any of `captures` asks for."""
+        return sorted({layer for r in self.requests if r.capture in captures for layer in r.layers or ()})
+
+    def forward(self, batch: Batch, *, gradients: bool = False) -> Forward:
+        """Run the teacher once and keep what the captures look at; with `gradients` for a model that learns."""
+        inputs: dict[str, Any] = dict(batch.model_inputs())
+        sink = Tap(layers=frozenset(self.layers_of("qkv", "attention")))
         if self.tapped:
-            inputs[NAME] = sink  # type: ignore[assignment]  # an opaque object that reaches every layer
-        output = self.model(
-            **inputs, output_hidden_states=self.hidden_states, output_attentions=self.eager_maps, return_dict=True
-        )
+            inputs[NAME] = sink  # an opaque object that reaches every layer
+        body: list[Any] = []  # what the model hands to its head
+        with torch.set_grad_enabled(gradients), _collect(self.model.base_model, body, wanted=self.wants("pooled")):
+            output = self.model(
+                **inputs,
+                # the numbers of the layers to keep; models that know no such list keep all
+                output_hidden_states=self.layers_of("hidden") or False,
+                output_attentions=self.eager_maps,
+                return_dict=True,
+            )
         return Forward(
-            logits=output.logits,
-            hidden_states=output.hidden_states if self.hidden_states else None,
-            attention_calls=sink.calls,
-            attention_maps=output.attentions if self.eager_maps else None,
+            logits=_first([output], "logits"),
+            hidden_states=_first([output], "encoder_hidden_states", "hidden_states") or (),
+            last_hidden_state=_first(body, "encoder_last_hidden_state", "last_hidden_state"),
+            pooler_output=_first(body, "pooler_output"),
+            attention_calls=sink.self_attention,
+            attention_maps=own_maps(output) if self.eager_maps else (),
+            pooling=self.pooling or "",
             mask=batch.attention_mask,
         )
 
-    def fields(self, batch: TokenBatch, *, codec: Codec) -> dict[str, FieldSpec]:
+    def fields(self, batch: Batch, *, codec: Codec) -> dict[str, FieldSpec]:
         """Every field these captures give and its shape, seen on one small batch rather than guessed from a config."""
         forward = self.forward(batch)
         specs: dict[str, FieldSpec] = {}
@@ -133,42 +166,62 @@ class TeacherRun:
             specs.update(CAPTURES[request.capture].fields(request, forward, codec=codec))
         return specs
 
-    def take(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def take(self, batch: Batch, *, gradients: bool = False) -> dict[str, Tensor]:
         """Every field's values for `batch`."""
-        forward = self.forward(batch)
+        forward = self.forward(batch, gradients=gradients)
         values: dict[str, Tensor] = {}
         for request in self.requests:
             values.update(CAPTURES[request.capture].take(request, forward))
         return values
 
 
-def prepare(model: PreTrainedModel, requests: Sequence[Request], probe: TokenBatch) -> TeacherRun:
-    """Set `model` up for `requests`. `probe`, any small batch, shows whether its attention can be tapped."""
-    resolved = resolve_layers(requests, layers=model.config.num_hidden_layers)
-    names = {request.capture for request in resolved}
-    wants_attention = bool(names & {"qkv", "attention"})
-    run = TeacherRun(model, resolved, "hidden" in names, tapped=False, eager_maps=False)
-    if not wants_attention:
+@contextmanager
+def _collect(module: nn.Module, outputs: list[Any], *, wanted: bool) -> Iterator[None]:
+    """Put what `module` returns into `outputs` while this is entered, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(outputs: Sequence[Any], *names: str) -> Any:
+    """The first of the attributes `names` that one of `outputs` has, and that is not None."""
+    found = (getattr(output, name, None) for output in outputs for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def prepare(
+    model: PreTrainedModel, requests: Sequence[Request], probe: Batch, *, pooling: Pooling | None = None
+) -> TeacherRun:
+    """Set `model` up for `requests`. `probe`, any small batch, shows whether its attention can be tapped.
+
+    ConfigError for layers that the model does not have, TeacherError for signals that it cannot give.
+    """
+    resolved = resolve_layers(requests, layers=getattr(model.config, "num_hidden_layers", None))
+    run = TeacherRun(model, resolved, tapped=False, eager_maps=False, pooling=pooling)
+    if not run.wants("qkv", "attention"):
         return run
-    if _can_tap(model, probe):
-        return TeacherRun(model, resolved, run.hidden_states, tapped=True, eager_maps=False)
-    if "qkv" in names:
+    own_configs(model)
+    before = model.config._attn_implementation
+    maps = eager_maps(model, probe)
+    fault = why_not_tapped(model, probe, maps=maps)
+    if not fault:
+        return replace(run, tapped=True)
+    model.set_attn_implementation(before)
+    for wanted, what in (("qkv", "Q, K and V"), ("scores", "attention scores")):
+        if any(wanted in (request.capture, request.form) for request in resolved):
+            raise TeacherError(
+                f"{type(model).__name__}: {fault}, so {what} cannot be taken from it: "
+                + ("capture attention:LAYERS (the probabilities) instead" if maps else "capture hidden:LAYERS instead")
+            )
+    if not maps:
         raise TeacherError(
-            f"{type(model).__name__} computes its attention outside of transformers' attention interface, so Q, K and "
-            f"V cannot be taken from it: capture attention:LAYERS (the maps) instead"
+            f"{type(model).__name__}: {fault}, and it gives no map of every token to every token in each of its layers "
+            f"either: capture hidden:LAYERS instead"
         )
     model.set_attn_implementation("eager")
-    return TeacherRun(model, resolved, run.hidden_states, tapped=False, eager_maps=True)
-
-
-def _can_tap(model: PreTrainedModel, probe: TokenBatch) -> bool:
-    before = model.config._attn_implementation
-    try:
-        tap(model)
-        calls = TeacherRun(model, [], hidden_states=False, tapped=True, eager_maps=False).forward(probe).attention_calls
-    except (ValueError, TypeError, KeyError):  # the architecture refuses the interface or the keyword
-        calls = []
-    if len(calls) == model.config.num_hidden_layers:
-        return True
-    model.set_attn_implementation(before)
-    return False
+    return replace(run, eager_maps=True)

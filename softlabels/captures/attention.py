@@ -1,4 +1,15 @@
-"""`attention:LAYERS`: attention maps after the softmax, a map a head; quadratic in the length."""
+"""`attention:LAYERS`: attention probabilities, a map a head; `@scores`: the scores before the softmax.
+
+Both are quadratic in the length. Scores are QKᵀ·scaling, soft-capped where the model does that (Gemma 2), plus the
+position bias (T5), as eager attention would compute them. A pair that the model does not let meet (a later token
+under causal attention, one outside of a layer's window) has the score MASKED (-65504, see `softlabels.types`) under
+every codec: it is a finite number, the softmax over a stored row is the layer's probabilities, and a loss that
+compares scores can tell these pairs (below MASKED / 2) and leave them out. Padding is not stored.
+
+Models that compute attention outside of transformers' interface (MPNet, DeBERTa-v2, BLOOM, RoFormer) are run in eager
+mode and give probabilities only. Of encoder-decoder models (T5, BART) the maps are the encoder's to itself; the
+decoder's and the cross attention have no place in a cache, but a `Tap` sees them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +20,12 @@ from softlabels.captures.forward import Forward, Request
 from softlabels.errors import ConfigError
 from softlabels.types import layer_field
 
+FIRST_LAYER = 1
+FORMS = ("", "scores")
+
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
-    """`attention.06`: H maps of L·L values a row."""
+    """`attention.06` or `attention.06@scores`: H maps of L·L values a row."""
     if codec == "int8":
         raise ConfigError(
             "--codec int8 keeps a scale for each vector, and attention maps have none: dump them with --codec float16, "
@@ -25,11 +39,15 @@ def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, Field
 
 
 def take(request: Request, forward: Forward) -> dict[str, Tensor]:
-    """(B, H, L, L) a layer, each query row a distribution over the row's own keys."""
-    return {layer_field("attention", layer): _maps(forward, layer) for layer in request.layers or ()}
+    """(B, H, L, L) a layer: each query row a distribution over the row's own keys, or its scores."""
+    suffix = f"@{request.form}" if request.form else ""
+    return {
+        layer_field("attention", layer) + suffix: _maps(forward, layer, request.form) for layer in request.layers or ()
+    }
 
 
-def _maps(forward: Forward, layer: int) -> Tensor:
-    if forward.attention_maps is not None:
+def _maps(forward: Forward, layer: int, form: str) -> Tensor:
+    if forward.attention_maps:
         return forward.attention_maps[layer - 1]
-    return forward.attention_calls[layer - 1].probabilities()
+    call = forward.attention_calls[layer]
+    return call.scores() if form == "scores" else call.probabilities()

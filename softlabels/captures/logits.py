@@ -6,14 +6,21 @@ from torch import Tensor
 
 from softlabels.cache.format import FieldSpec
 from softlabels.captures.forward import Forward, Request
+from softlabels.errors import TeacherError
+
+FIRST_LAYER = None
+FORMS = ("",)
 
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
     """`logits`, C values a row, or a token where the teacher labels tokens; always float32, whatever the codec."""
-    kind = "token" if forward.logits.ndim == 3 else "row"
-    return {"logits": FieldSpec.model_validate({"kind": kind, "type": "float32", "width": forward.logits.shape[-1]})}
+    values = take(request, forward)["logits"]
+    kind = "token" if values.ndim == 3 else "row"
+    return {"logits": FieldSpec.model_validate({"kind": kind, "type": "float32", "width": values.shape[-1]})}
 
 
 def take(request: Request, forward: Forward) -> dict[str, Tensor]:
-    """(B, C), or (B, L, C) of a teacher that labels tokens; float32."""
+    """(B, C), or (B, L, C) of a teacher that labels tokens; float32. TeacherError where the model has no head."""
+    if forward.logits is None:
+        raise TeacherError("the teacher has no head, so it gives no logits: capture pooled or hidden:LAYERS instead")
     return {"logits": forward.logits.float()}

@@ -1,4 +1,9 @@
-"""`qkv:LAYERS`: queries, keys and values of a layer's heads, from which scores, maps and relations follow exactly."""
+"""`qkv:LAYERS`: queries, keys and values of a layer's heads, as attention takes them (rotated, where positions rotate).
+
+Relations among queries, keys or values follow from them for any model; scores and maps for models whose attention is
+softmax(QKᵀ / √K) over the row (BERT and its kin). Causal attention, windows, soft caps, position biases and other
+scalings are not in Q and K: `attention:LAYERS@scores` has them. Of encoder-decoder models the layers are the encoder's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from softlabels.cache.format import FieldSpec
 from softlabels.captures.forward import Forward, Request
 from softlabels.types import layer_field
 
+FIRST_LAYER = 1
+FORMS = ("",)
 _PARTS = ("query", "key", "value")
 
 
@@ -33,4 +40,4 @@ def take(request: Request, forward: Forward) -> dict[str, Tensor]:
 
 
 def _heads(forward: Forward, layer: int, part: str) -> Tensor:
-    return getattr(forward.attention_calls[layer - 1], part)  # (B, H, L, K)
+    return getattr(forward.attention_calls[layer], part)  # (B, H, L, K)
