@@ -35,6 +35,7 @@ LAYERS = {
         "students",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
+        "truncated",
     ],
     "base": ["errors", "types"],
 }
