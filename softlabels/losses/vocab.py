@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError
-from softlabels.truncated import TruncatedLogits, check_temperature, tail_logsumexp_at
+from softlabels.truncated import TruncatedLogits, tail_logsumexp_at
 
 Tail = Literal["bucket", "sampled"]
 
@@ -57,7 +57,7 @@ def cross_entropy(
 
 @dataclass(frozen=True, slots=True)
 class _Outcomes:
-    """What a loss sums over: (T, O) log-probabilities of both sides, and of sampled outcomes the weights, 1 for others."""
+    """What a loss sums over: (T, O) log-probabilities of both sides, and weights where some outcomes are samples."""
 
     log_p: Tensor
     log_q: Tensor
