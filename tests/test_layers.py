@@ -37,6 +37,7 @@ LAYERS = {
         "tasks",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
+        "truncated",
     ],
     "base": ["errors", "types"],
 }
