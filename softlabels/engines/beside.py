@@ -115,6 +115,7 @@ class Behind:
                 self._told(result)
 
     def _work(self) -> None:
+        torch.get_num_threads()  # the first call takes what the process has, whatever was set before
         torch.set_num_threads(1)
         self._done.put(None)
         while (steps := self._given.get()) is not None:
