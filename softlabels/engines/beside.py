@@ -120,8 +120,10 @@ class Behind:
         self._done.put(None)
         while (steps := self._given.get()) is not None:
             try:
-                self._done.put([step() for step in steps if not self._stopped])
+                results: list[Any] | _Failed = [step() for step in steps if not self._stopped]
             except BaseException as error:  # belongs to the calling thread
-                self._done.put(_Failed(error))
+                results = _Failed(error)
+            del steps  # first, so that the batch in them is gone when there is room for another
+            self._done.put(results)
+            if isinstance(results, _Failed):
                 return
-            del steps  # or this thread would hold a batch while it waits for the next
