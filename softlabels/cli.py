@@ -268,6 +268,8 @@ def dump_command(
     )
     if report.truncated:
         _say(f"{report.truncated} of {report.rows} texts were longer than the teacher takes and were cut")
+    if report.batch_tokens < options.batch_tokens:
+        _say(f"memory ran out: batches of {report.batch_tokens} tokens were taken instead of {options.batch_tokens}")
     for field, count in report.clipped.items():
         _say(f"{count} values of {field} were beyond what {options.codec} holds and were clipped")
     _finish(report, as_json)

@@ -1,7 +1,8 @@
 """STAGE 1: a corpus and a teacher come in, a cache goes out. The only stage that runs the teacher.
 
 Read a shard of rows, tokenise it, run the teacher over it in batches of similar length, take what was asked for, write
-it in the corpus's order. Whole shards have receipts, so the same command again goes on where it stopped.
+it in the corpus's order: `softlabels.engines` does these at once. Whole shards have receipts, so the same command again
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
+from softlabels.cache.build import build_cache, check_rows, plan_manifest, teacher_card
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
-from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.forward import Request
 from softlabels.config import DumpOptions, Masking
 from softlabels.corpus import Corpus
+from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError
 from softlabels.progress import progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, load_teacher
-from softlabels.tokens import Tokenized, batches_by_length, count_row_targets, pad_batch, resolve_max_length
+from softlabels.tokens import pad_batch, resolve_max_length
 from softlabels.types import LANGUAGE_MODELS, Example, Task, TokenBatch, TokenizedExample
 
 _DEFAULT_CAPTURES: dict[Task, str] = {
@@ -48,6 +48,7 @@ class DumpReport:
     fields: list[str]
     seconds: float
     bytes: int
+    batch_tokens: int  # in the end: less than was asked for where memory ran out
     clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
@@ -99,18 +100,22 @@ def dump(
                 run = prepare(loaded.model, requests + earlier, probe)
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
-                for shard, absent in missing.items():
-                    start = shard * options.shard_rows
-                    rows = _rows_of(corpus, options, shard)
-                    tokens = tokenize_task(
-                        loaded.task,
-                        loaded.tokenizer,
-                        rows,
-                        max_length=max_length,
-                        labels=labels.part(start, start + len(rows)),
-                        masking=masking,
+                tasks = (
+                    ShardTask(
+                        shard,
+                        rows := _rows_of(corpus, options, shard),
+                        labels.part(shard * options.shard_rows, shard * options.shard_rows + len(rows)),
+                        absent,
                     )
-                    _dump_shard(build, run, loaded, options, shard=shard, rows=tokens, missing=absent, update=update)
+                    for shard, absent in missing.items()
+                )
+                budget = run_shards(
+                    _steps(loaded, run, max_length=max_length, masking=masking),
+                    build,
+                    tasks,
+                    overflow=options.overflow,
+                    update=update,
+                )
             final = build.finish()
     return DumpReport(
         cache=out,
@@ -120,6 +125,7 @@ def dump(
         fields=sorted(final.fields),
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
+        batch_tokens=budget,
         clipped=clipped_values(final),
     )
 
@@ -141,55 +147,22 @@ def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
     return corpus.examples[shard * options.shard_rows : (shard + 1) * options.shard_rows]
 
 
-def _dump_shard(
-    build: CacheBuild,
-    run: TeacherRun,
-    teacher: Teacher,
-    options: DumpOptions,
-    *,
-    shard: int,
-    rows: Tokenized,
-    missing: Sequence[str],
-    update,
-) -> None:
-    """Tokenised rows → teacher → the shard's missing fields, each with its receipt."""
-    manifest, examples = build.manifest, rows.examples
-    if EXAMPLES in missing:
-        build.write_examples(shard, rows)
-    lengths = np.array([len(example.input_ids) for example in examples])
-    targets = np.array([count_row_targets(example) for example in examples])
-    writers: dict[str, FieldShard] = {}
-    try:
-        for field in missing:
-            if field != EXAMPLES:
-                writers[field] = FieldShard(
-                    build.folder,
-                    field,
-                    manifest.fields[field],
-                    shard=shard,
-                    tokens=lengths,
-                    targets=targets,
-                    overflow=options.overflow,
-                )
-        batches = batches_by_length(lengths, batch_tokens=manifest.dump.batch_tokens)
-        for numbers in batches if writers else []:
-            batch = [examples[number] for number in numbers]
-            _write_batch(run.take(_batch(teacher, batch)), writers, batch, numbers)
-            update(len(numbers), tokens=int(lengths[numbers].sum()))
-        join = join_hash(examples)
-        for writer in writers.values():
-            writer.commit(join)
-    finally:
-        for writer in writers.values():
-            writer.discard()
-
-
-def _write_batch(
-    values: dict[str, torch.Tensor], writers: dict[str, FieldShard], batch: list[TokenizedExample], numbers: np.ndarray
-) -> None:
-    ids = [example.id for example in batch]
-    for field, writer in writers.items():
-        writer.write(numbers, values[field], ids=ids)
+def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int, masking: Masking | None) -> Steps:
+    """What the engine does with a shard: the task's part of it."""
+    pad_token_id = _pad_id(teacher)  # asked for here: a thread of its own uses the tokenizer then
+    return Steps(
+        tokenize=lambda task: tokenize_task(
+            teacher.task,
+            teacher.tokenizer,
+            task.examples,
+            max_length=max_length,
+            labels=task.labels,
+            masking=masking,
+        ),
+        pad=lambda examples: pad_batch(examples, pad_token_id=pad_token_id),
+        take=run.take,
+        device=teacher.model.device,
+    )
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:

@@ -27,6 +27,7 @@ LAYERS = {
         "config",
         "corpus",
         "docstrings",
+        "engines",
         "labels",
         "losses",
         "objective",

@@ -51,6 +51,17 @@ class Encoded:
     scales: np.ndarray | None  # int8: (B, L) of a token field, (B,) of a row field, float32
 
 
+def fits(values: Tensor, spec: FieldSpec) -> bool:
+    """Whether all of `values`, padding too, is within the field's type: one pass that makes nothing. NaN never is.
+
+    Where it says no, `in_range` finds out what is wrong: often only padding, which may hold anything.
+    """
+    if not values.numel():
+        return True
+    least, most = torch.aminmax(values)
+    return -LARGEST[spec.type] <= float(least) and float(most) <= LARGEST[spec.type]
+
+
 def in_range(
     values: Tensor, spec: FieldSpec, *, field: str, ids: Sequence[str], overflow: Overflow
 ) -> tuple[Tensor, int]:
@@ -90,15 +101,22 @@ def encode(values: Tensor, spec: FieldSpec, *, channels: np.ndarray | None = Non
     max|x / channels| / 127, so nothing is ever clipped, whatever the channels.
     """
     if spec.type != "int8":
-        stored = values.to(_TORCH[spec.type])
-        stored = stored.view(torch.int16) if spec.type == "bfloat16" else stored
-        return Encoded(stored.cpu().contiguous().numpy().view(DTYPES[spec.type]), None)
+        return Encoded(to_stored(values, spec).cpu().contiguous().numpy().view(DTYPES[spec.type]), None)
     assert channels is not None
     scaled = values.float() / torch.from_numpy(channels).to(values.device)
     scale = scaled.abs().amax(dim=-1) / 127  # (B, L) or (B,)
     divisor = torch.where(scale > 0, scale, 1.0)[..., None]  # a vector of zeros stays one
     quantised = (scaled / divisor).round().clamp(-127, 127).to(torch.int8)
     return Encoded(quantised.cpu().contiguous().numpy(), scale.cpu().contiguous().numpy())
+
+
+def to_stored(values: Tensor, spec: FieldSpec) -> Tensor:
+    """`values`, all `in_range`, as `encode` stores them, on the device where they are; not for int8.
+
+    bfloat16 comes as the int16 of its bits.
+    """
+    stored = values.to(_TORCH[spec.type])
+    return stored.view(torch.int16) if spec.type == "bfloat16" else stored
 
 
 def decode(

@@ -28,6 +28,7 @@ from softlabels.cache.codec import (
     SAMPLE,
     Overflow,
     encode,
+    fits,
     id_type,
     in_range,
     measure_channels,
@@ -233,19 +234,17 @@ class FieldShard:
     def write(self, rows: np.ndarray, values: Tensor, *, ids: Sequence[str]) -> None:
         """Write the padded batch `values` (B, …), as a capture gives it, to `rows`; a target field's is flat, (T, W).
 
-        CacheError names those of `ids` (B) that have values which the field's type cannot hold.
+        CacheError names those of `ids` (B) that have values which the field's type cannot hold. Where all of them
+        fit, as they nearly always do, values are read once for that, converted once, and written from there.
         """
         if self.spec.kind == "target":
             self._write_targets(rows, values, ids=ids)
             return
-        values, clipped = in_range(
-            without_padding(values, self.spec, self.tokens[rows]),
-            self.spec,
-            field=self.field,
-            ids=ids,
-            overflow=self.overflow,
-        )
-        self.clipped += clipped
+        self._check_shape(rows, values)
+        if not fits(values, self.spec):
+            real = without_padding(values, self.spec, self.tokens[rows])
+            values, clipped = in_range(real, self.spec, field=self.field, ids=ids, overflow=self.overflow)
+            self.clipped += clipped
         batch = _Batch(rows, values)
         if self.spec.type == "int8" and self.channels is None:
             self._waiting.append(batch)
@@ -275,6 +274,24 @@ class FieldShard:
         for row, part in zip(rows.tolist(), np.split(stored, np.cumsum(targets)[:-1]), strict=True):
             self.put(row, part)
 
+    def write_stored(self, rows: np.ndarray, stored: Tensor) -> None:
+        """Write the padded batch `stored` (B, …) of the CPU, known to fit, as `to_stored` gives it."""
+        self._check_shape(rows, stored)
+        array = stored.contiguous().numpy()
+        self._write_rows(self._columns[0], rows, array.view(DTYPES[self.spec.type]))
+        self.written[rows] = True
+
+    def _check_shape(self, rows: np.ndarray, values: Tensor) -> None:
+        longest = int(self.tokens[rows].max(initial=0))
+        size = values.shape[-2] if self.spec.kind != "row" and values.ndim > 2 else longest
+        shape = {"row": (), "token": (size,), "pair": (size, size)}[self.spec.kind]
+        shape = (*shape, self.spec.width) if self.spec.kind != "pair" else (self.spec.width, *shape)
+        if tuple(values.shape) != (len(rows), *shape) or size < longest:
+            raise ValueError(
+                f"{len(rows)} rows of up to {longest} tokens of '{self.field}', a {self.spec.kind} field of width "
+                f"{self.spec.width}, do not lie in values of shape {tuple(values.shape)}"
+            )
+
     def _measure(self) -> None:
         """Fix the channel scales by the vectors that came first, and write what waited for them."""
         waiting, self._waiting = self._waiting, []
@@ -289,14 +306,27 @@ class FieldShard:
 
     def _write(self, batch: _Batch) -> None:
         encoded = encode(batch.values, self.spec, channels=self.channels)
-        for i, row in enumerate(batch.rows.tolist()):
-            length = int(self.tokens[row])
-            values, scales = encoded.values[i], None if encoded.scales is None else encoded.scales[i]
-            if self.spec.kind == "token":
-                values, scales = values[:length], None if scales is None else scales[:length]
-            elif self.spec.kind == "pair":
-                values = values[:, :length, :length]
-            self.put(row, values, scales=scales)
+        arrays = [encoded.values] if encoded.scales is None else [encoded.values, encoded.scales]
+        for column, array in zip(self._columns, arrays, strict=True):
+            self._write_rows(column, batch.rows, array)
+        self.written[batch.rows] = True
+
+    def _write_rows(self, column: _Column, rows: np.ndarray, array: np.ndarray) -> None:
+        """Write the padded `array` (B, …), of stored elements: what is real of a row straight from where it lies."""
+        whole = _bytes_of(array)
+        stride = array.nbytes // max(len(array), 1)
+        sizes, places = column.counts[rows] * column.element.itemsize, column.places[rows]
+        for i, (row, size, place) in enumerate(zip(rows.tolist(), sizes.tolist(), places.tolist(), strict=True)):
+            view = whole[i * stride : i * stride + size]
+            if self.spec.kind == "pair" and size < stride:  # padding lies between its values too
+                length = int(self.tokens[row])
+                view = _bytes_of(np.ascontiguousarray(array[i, :, :length, :length]))
+            self._write_at(view, place)
+
+    def _write_at(self, view: memoryview, place: int) -> None:
+        while len(view):
+            count = os.pwrite(self.handle, view, place)
+            view, place = view[count:], place + count
 
     def put(self, row: int, values: np.ndarray, *, scales: np.ndarray | None = None) -> None:
         """Write row `row`, in the field's stored type and as many values as its length asks for."""
@@ -305,10 +335,7 @@ class FieldShard:
             data = np.ascontiguousarray(np.asarray(given).astype(column.element, casting="same_kind", copy=False))
             if data.size != column.counts[row]:
                 raise ValueError(f"row {row} needs {column.counts[row]} values, got {data.size}")
-            view, place = data.data.cast("B"), int(column.places[row])
-            while len(view):
-                count = os.pwrite(self.handle, view, place)
-                view, place = view[count:], place + count
+            self._write_at(data.data.cast("B"), int(column.places[row]))
         self.written[row] = True
 
     def commit(self, join: str) -> Receipt:
@@ -345,9 +372,13 @@ class FieldShard:
         os.close(handle)
 
 
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.data.cast("B") if array.size else memoryview(b"")
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Some rows of a shard, their values in range and without what was in the padding."""
+    """Some rows of a shard, their values in range; what is in their padding is never stored."""
 
     rows: np.ndarray
     values: Tensor

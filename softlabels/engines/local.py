@@ -1,0 +1,231 @@
+"""Shards through one teacher on one device: rows come in, whole shards of the cache go out.
+
+    tokenise          a thread, a shard ahead
+    batch, forward    the calling thread
+    write             a thread behind it: copy off the device, range check, convert, put into place, sync, receipt
+
+Whatever the size of a shard, at most `_ROOM` batches of values wait behind the one that the teacher works on. What
+fails in one of the parts, and a Ctrl-C, ends all of them; whole shards are kept, of the others nothing stays.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from softlabels.cache.build import CacheBuild
+from softlabels.cache.codec import Overflow
+from softlabels.cache.format import EXAMPLES
+from softlabels.cache.writer import FieldShard, join_hash
+from softlabels.engines.beside import Ahead, Behind
+from softlabels.engines.carry import Carried, Carrier
+from softlabels.errors import TeacherError
+from softlabels.progress import Update
+from softlabels.tasks import TaskLabels
+from softlabels.tokens import Tokenized, batches_by_length, count_row_targets
+from softlabels.types import Example, TokenBatch, TokenizedExample
+
+_ROOM = {"cpu": 1, "cuda": 3}  # a GPU is ahead of what it was told by some batches; elsewhere one is in work
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """A shard to be done: its rows as the corpus has them, and the fields that it lacks."""
+
+    shard: int
+    examples: Sequence[Example]
+    labels: TaskLabels
+    missing: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a stage does with a shard on one device; the engine knows when, and never what it means."""
+
+    tokenize: Callable[[ShardTask], Tokenized]  # called in a thread of its own
+    pad: Callable[[Sequence[TokenizedExample]], TokenBatch]  # on the CPU
+    take: Callable[[TokenBatch], dict[str, torch.Tensor]]  # the forward pass and the captures: a field (B, …)
+    device: torch.device
+
+
+def run_shards(
+    steps: Steps, build: CacheBuild, tasks: Iterable[ShardTask], *, overflow: Overflow, update: Update
+) -> int:
+    """Do all `tasks`; the token budget in the end: below the manifest's where memory ran out.
+
+    Out of memory, the batch is split and the budget halved for all that follow. How rows are batched shows in what the
+    teacher gives by rounding alone (about 1e-6 of a float32 value), never in which row gets what; a cache dumped
+    through an OOM equals another up to that. TeacherError names a row that alone does not fit.
+    """
+    shards = _Shards(build, overflow)
+    room = _ROOM.get(steps.device.type, 1)
+    carrier = Carrier(steps.device, build.manifest.fields, slots=room + 1)
+    made = ((task, steps.tokenize(task)) for task in tasks)
+    try:
+        with (
+            Ahead(made, name="softlabels-tokenize") as tokenized,
+            Behind(lambda done: update(done.rows, **done.figures()), room=room, name="softlabels-write") as behind,
+        ):
+            teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
+            for task, rows in tokenized:
+                first: list[Callable[[], Any]] = [partial(shards.begin, task, rows)]
+                if set(task.missing) - {EXAMPLES}:
+                    for batch in teacher.batches(rows.examples):
+                        # with the first batch and the last: a step of its own would take a batch's room
+                        last = [shards.commit] if batch.last else []
+                        behind.give([*first, partial(shards.write, batch), *last])
+                        first = []
+                        del batch
+                else:
+                    behind.give([*first, shards.commit])
+            behind.finish()
+    finally:
+        shards.discard()
+    return teacher.budget
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What the writing thread tells of a batch."""
+
+    rows: int
+    tokens: int
+    budget: int | None  # where it is less than was asked for
+
+    def figures(self) -> dict[str, float]:
+        halved = {} if self.budget is None else {"batch tokens": float(self.budget)}
+        return {"tokens": float(self.tokens)} | halved
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch that the teacher has answered."""
+
+    numbers: np.ndarray  # of its rows in the shard
+    ids: list[str]
+    values: Carried
+    done: _Done
+    last: bool  # of the shard
+
+
+class _Teacher:
+    """Batches of a shard through the forward pass, as large as memory allows."""
+
+    def __init__(self, steps: Steps, carrier: Carrier, behind: Behind, *, asked: int) -> None:
+        self.steps, self.carrier, self.behind = steps, carrier, behind
+        self.asked = self.budget = asked
+
+    def batches(self, examples: Sequence[TokenizedExample]) -> Iterator[_Batch]:
+        """The shard's rows, longest first, with their values."""
+        lengths = np.array([len(example.input_ids) for example in examples])
+        waiting = self._split(np.arange(len(examples)), lengths)
+        while waiting:
+            numbers = waiting.popleft()
+            batch = [examples[number] for number in numbers]
+            values = self._try(batch)
+            if values is None:
+                self._halve(batch)
+                waiting = self._split(np.sort(np.concatenate([numbers, *waiting])), lengths)
+                continue
+            budget = self.budget if self.budget < self.asked else None
+            done = _Done(len(numbers), int(lengths[numbers].sum()), budget)
+            yield _Batch(numbers, [example.id for example in batch], values, done, last=not waiting)
+            del values
+
+    def _split(self, numbers: np.ndarray, lengths: np.ndarray) -> deque[np.ndarray]:
+        budget = self.budget
+        if budget < self.asked and len(numbers):  # what memory allows; a row alone is tried all the same
+            budget = max(budget, int(lengths[numbers].max()))
+        return deque(numbers[part] for part in batches_by_length(lengths[numbers], batch_tokens=budget))
+
+    def _try(self, batch: Sequence[TokenizedExample]) -> Carried | None:
+        """The batch's values; None where memory ran out."""
+        try:
+            inputs = _send(self.steps.pad(batch), self.steps.device)
+            return self.carrier.leave(self.steps.take(inputs))
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+        return None  # not in the except block, which holds on to the forward pass's memory
+
+    def _halve(self, batch: Sequence[TokenizedExample]) -> None:
+        longest = max(len(example.input_ids) for example in batch)
+        if len(batch) == 1:
+            raise TeacherError(
+                f"memory ran out on {self.steps.device} for example {batch[0].id} alone, of {longest} tokens: give a "
+                f"smaller --max-length, fewer captures, --dtype bfloat16, or a device with more memory"
+            )
+        self.budget = max(len(batch) * longest // 2, longest)
+        self.behind.finish()  # the batches that wait hold memory of the device
+        gc.collect()
+        if self.steps.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory, or the computer's, was too small."""
+    signs = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
+def _send(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """The batch on the device; the calling thread does not wait for what a GPU is doing."""
+    if device.type != "cuda":
+        return batch.to(device)
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    sent = {
+        name: tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    return replace(batch, **sent)
+
+
+class _Shards:
+    """The files of one shard after the other, as the writing thread makes them."""
+
+    def __init__(self, build: CacheBuild, overflow: Overflow) -> None:
+        self.build, self.overflow = build, overflow
+        self.writers: dict[str, FieldShard] = {}
+        self.join = ""
+
+    def begin(self, task: ShardTask, rows: Tokenized) -> None:
+        if EXAMPLES in task.missing:
+            self.build.write_examples(task.shard, rows)
+        lengths = np.array([len(example.input_ids) for example in rows.examples])
+        targets = np.array([count_row_targets(example) for example in rows.examples])
+        for field in task.missing:
+            if field != EXAMPLES:
+                self.writers[field] = FieldShard(
+                    self.build.folder,
+                    field,
+                    self.build.manifest.fields[field],
+                    shard=task.shard,
+                    tokens=lengths,
+                    targets=targets,
+                    overflow=self.overflow,
+                )
+        self.join = join_hash(rows.examples)
+
+    def write(self, batch: _Batch) -> _Done:
+        batch.values.write(self.writers, batch.numbers, ids=batch.ids)
+        return batch.done
+
+    def commit(self) -> None:
+        for writer in self.writers.values():
+            writer.commit(self.join)
+        self.writers = {}
+
+    def discard(self) -> None:
+        """Forget what isn't whole."""
+        for writer in self.writers.values():
+            writer.discard()
