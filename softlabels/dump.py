@@ -20,10 +20,11 @@ from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.forward import Request
+from softlabels.captures.output_head import OutputHead, keep_head
 from softlabels.config import DumpOptions, Masking
 from softlabels.corpus import Corpus
 from softlabels.engines.local import ShardTask, Steps, run_shards
-from softlabels.errors import ConfigError
+from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, load_teacher
@@ -80,24 +81,18 @@ def dump(
     check_rows(corpus)
     labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
     max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
-    shortest = min(corpus.examples, key=lambda example: len(example.text))
-    first = encode_task_labels(loaded.task, [replace(shortest, label=None)], loaded.label_names)
-    probe = _batch(
-        loaded,
-        tokenize_task(
-            loaded.task, loaded.tokenizer, [shortest], max_length=max_length, labels=first, masking=masking
-        ).examples,
-    )
-    run = prepare(loaded.model, requests, probe)
+    probe = _probe(corpus, loaded, max_length=max_length, masking=masking)
+    run = prepare(loaded.model, requests, probe, vocab_size=len(loaded.tokenizer))
     with _precision(loaded, options):
         fields = run.fields(probe, codec=options.codec)
         manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels, masking=masking)
-        with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config) as build:
+        head = _head(loaded, run, probe)
+        with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config, head=head) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
-                earlier = parse_captures(sorted({capture_of(field) for field in lacking}))
-                run = prepare(loaded.model, requests + earlier, probe)
+                earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))
+                run = prepare(loaded.model, requests + earlier, probe, vocab_size=len(loaded.tokenizer))
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 tasks = (
@@ -141,6 +136,27 @@ def _check_captures(task: Task, requests: Sequence[Request]) -> None:
             f"--capture logits: a {task} gives as many as its vocabulary has tokens: capture vocab:topk=64 or "
             f"vocab:exact"
         )
+
+
+def _probe(corpus: Corpus, teacher: Teacher, *, max_length: int, masking: Masking | None) -> TokenBatch:
+    """A short row, but a long one where it must have something to predict."""
+    choose = max if teacher.task in LANGUAGE_MODELS else min
+    row = replace(choose(corpus.examples, key=lambda example: len(example.text)), label=None)
+    labels = encode_task_labels(teacher.task, [row], teacher.label_names)
+    tokens = tokenize_task(
+        teacher.task, teacher.tokenizer, [row], max_length=max_length, labels=labels, masking=masking
+    )
+    return _batch(teacher, tokens.examples)
+
+
+def _head(teacher: Teacher, run: TeacherRun, probe: TokenBatch) -> OutputHead | None:
+    """The teacher's output head, where logits are to be rebuilt from what it sees."""
+    if all((request.capture, request.form) != ("vocab", "exact") for request in run.requests):
+        return None
+    seen = run.forward(probe)
+    if seen.head_states is None or seen.logits is None:
+        raise TeacherError(f"--capture vocab: a teacher for {teacher.task} has no vocabulary to speak of")
+    return keep_head(teacher.model, seen.head_states, seen.logits, vocab_size=len(teacher.tokenizer))
 
 
 def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:

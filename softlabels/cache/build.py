@@ -37,6 +37,7 @@ from softlabels.cache.format import (
     shard_file,
     to_json,
 )
+from softlabels.cache.head import OutputHead, save_head
 from softlabels.cache.inside import read_inside
 from softlabels.cache.settings import folder_receipt
 from softlabels.cache.writer import labels_type, write_examples
@@ -199,9 +200,17 @@ _UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": 
 
 @contextmanager
 def build_cache(
-    folder: Path, manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig | None,
+    head: OutputHead | None = None,
 ) -> Iterator[CacheBuild]:
-    """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it."""
+    """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it.
+
+    `head` is the teacher's output head, for `vocab:exact`.
+    """
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
@@ -214,6 +223,8 @@ def build_cache(
         sweep_temporary(folder)
         if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
+        if head is not None:
+            save_head(folder, head)
         if not (folder / "tokenizer").is_dir():
             reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)

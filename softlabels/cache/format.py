@@ -5,7 +5,8 @@ A cache is a folder:
     manifest.json            what the cache holds (`Manifest` below), UTF-8 JSON; its existence makes a folder a cache
     receipt.json             the hashes of manifest.json and of every file of tokenizer/ and teacher/ (`FolderReceipt`)
     tokenizer/               the teacher's tokenizer, as transformers saves it
-    teacher/config.json      the teacher's configuration, where it is known; never its weights
+    teacher/config.json      the teacher's configuration, where it is known; never its weights, but for
+    teacher/head.safetensors the output head, where `vocab_states` are kept: `weight` (V, D), `bias` (V), `softcap` (1)
     examples/00000.arrow     one folder a field, one file a shard, numbered from 0 with at least five digits
     examples/00000.json      the shard's receipt (`Receipt` below), renamed into place after the shard
     logits/00000.arrow …     the other fields, shard by shard the same rows in the same order
@@ -43,7 +44,7 @@ In all but the first line `label` is -100. A token whose label isn't -100 is a *
     token  list<T>, L·width values        a value vector a token: `hidden.06`; `query.06`, `key.06`, `value.06` with
                                           width = heads·head width, heads outermost
     pair   list<T>, width·L·L values      `attention.06`: a map a head, query rows, key columns; width = heads
-    target list<T>, width values a target a vector for each target of the row, in their order: vocabulary-sized logits
+    target list<T>, width values a target a vector for each target of the row, in their order (below)
 L is the length of the row's `input_ids`: nothing is padded. Layer 0 is the embedding output, layer i the output of
 layer i. `type` in the manifest says what T is and what a stored value means:
     float32   T = float32
@@ -54,6 +55,12 @@ layer i. `type` in the manifest says what T is and what a stored value means:
               more key, `channels`: base64 of `width` float32 numbers, all finite and above 0, the same for the
               whole shard. Value c of a vector is (q · scale) · channels[c], in float32.
     uint8, uint16, int32   T is the same: whole numbers as they are, of kind target
+
+**Vocabulary-sized logits** are target fields, with `form` in the manifest as the capture was asked for. `exact`:
+`vocab_states`, by which logits = states · weightᵀ + bias, or c · tanh of that / c where there is a softcap c. `topk=…`:
+`vocab_ids`, `vocab_values`, `vocab_level`, `vocab_tail`, `vocab_sampled_ids`, `vocab_sampled_values`, the last two only
+with samples; `packed`: `vocab_packed`. Both are laid out as the docstring of `softlabels/cache/vocab_codec.py` says.
+
 `logits` are never int8. Where a type was too narrow for values and the user had these clipped, `clipped` in the
 receipt counts them, and the manifest's shard table has their sum.
 
@@ -155,6 +162,11 @@ class FieldSpec(_Part):
     type: Literal["float32", "float16", "bfloat16", "int8", "uint8", "uint16", "int32"]
     width: int = Field(ge=1, le=2**31 - 1)
     heads: int | None = Field(default=None, ge=1)  # of query, key, value and attention
+    form: str | None = Field(default=None, max_length=100)  # of vocabulary fields, and in the file only there
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "form" or value is not None}
 
     @model_validator(mode="after")
     def _vectors(self) -> FieldSpec:

@@ -358,8 +358,10 @@ def _flat(chunk: pa.Array) -> np.ndarray:
     return chunk.values.to_numpy(zero_copy_only=True)
 
 
-def capture_of(field: str) -> str:
-    """The `--capture` option that gives `field`: 'query.06' comes from 'qkv:6'."""
+def capture_of(field: str, spec: FieldSpec | None = None) -> str:
+    """The `--capture` option that gives `field`: 'query.06' comes from 'qkv:6'. `spec`, where it is known."""
+    if field.startswith("vocab_"):
+        return f"vocab:{spec.form}" if spec is not None and spec.form else "vocab:topk=64"
     kind, _, layer = field.partition(".")
     layer, at, pooled = layer.partition("@")
     if not layer:

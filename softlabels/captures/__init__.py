@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabels.cache.format import FieldSpec
-from softlabels.captures import attention, hidden, logits, pooled, qkv
+from softlabels.captures import attention, hidden, logits, pooled, qkv, vocab
 from softlabels.captures.attention_tap import NAME, Tap, own_configs
 from softlabels.captures.forward import Batch, Forward, Request
+from softlabels.captures.output_head import only_targets
 from softlabels.captures.pooled import Pooling
 from softlabels.captures.tappable import eager_maps, own_maps, why_not_tapped
 from softlabels.config import suggest
 from softlabels.errors import ConfigError, TeacherError
+from softlabels.types import NO_LABEL
 
 Codec = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -49,6 +51,7 @@ CAPTURES: Mapping[str, Capture] = {
     "pooled": pooled,
     "qkv": qkv,
     "attention": attention,
+    "vocab": vocab,
 }
 
 
@@ -60,6 +63,9 @@ def parse_captures(items: Sequence[str]) -> list[Request]:
         if name not in CAPTURES:
             raise ConfigError(f"no capture '{name}': there are {', '.join(CAPTURES)}.{suggest(name, CAPTURES)}")
         capture = CAPTURES[name]
+        if name == "vocab":
+            requests.append(Request(name, form=str(vocab.parse_form(rest))))
+            continue
         if capture.FIRST_LAYER is None:
             if colon:
                 raise ConfigError(f"--capture {item}: {name} takes no layers")
@@ -123,6 +129,7 @@ class TeacherRun:
     tapped: bool
     eager_maps: bool  # the model's attention cannot be tapped: its own maps are taken instead
     pooling: Pooling | None = None  # how `pooled` is pooled; None: see `captures.pooled`
+    vocab_size: int = 0  # of the tokenizer
 
     def wants(self, *captures: str) -> bool:
         """Whether any of `captures` is asked for."""
@@ -139,7 +146,12 @@ class TeacherRun:
         if self.tapped:
             inputs[NAME] = sink  # an opaque object that reaches every layer
         body: list[Any] = []  # what the model hands to its head
-        with torch.set_grad_enabled(gradients), _collect(self.model.base_model, body, wanted=self.wants("pooled")):
+        targets = getattr(batch, "labels", torch.empty(0)) != NO_LABEL if self.wants("vocab") else None
+        with (
+            torch.set_grad_enabled(gradients),
+            _collect(self.model.base_model, body, wanted=self.wants("pooled")),
+            only_targets(self.model, targets) as seen,
+        ):
             output = self.model(
                 **inputs,
                 # the numbers of the layers to keep; models that know no such list keep all
@@ -156,6 +168,10 @@ class TeacherRun:
             attention_maps=own_maps(output) if self.eager_maps else (),
             pooling=self.pooling or "",
             mask=batch.attention_mask,
+            input_ids=inputs.get("input_ids"),
+            targets=targets,
+            head_states=seen[0] if seen else None,
+            vocab_size=self.vocab_size,
         )
 
     def fields(self, batch: Batch, *, codec: Codec) -> dict[str, FieldSpec]:
@@ -195,14 +211,19 @@ def _first(outputs: Sequence[Any], *names: str) -> Any:
 
 
 def prepare(
-    model: PreTrainedModel, requests: Sequence[Request], probe: Batch, *, pooling: Pooling | None = None
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    probe: Batch,
+    *,
+    pooling: Pooling | None = None,
+    vocab_size: int = 0,
 ) -> TeacherRun:
     """Set `model` up for `requests`. `probe`, any small batch, shows whether its attention can be tapped.
 
     ConfigError for layers that the model does not have, TeacherError for signals that it cannot give.
     """
     resolved = resolve_layers(requests, layers=getattr(model.config, "num_hidden_layers", None))
-    run = TeacherRun(model, resolved, tapped=False, eager_maps=False, pooling=pooling)
+    run = TeacherRun(model, resolved, tapped=False, eager_maps=False, pooling=pooling, vocab_size=vocab_size)
     if not run.wants("qkv", "attention"):
         return run
     own_configs(model)

@@ -41,6 +41,10 @@ class Forward:
     attention_maps: tuple[Tensor, ...]  # a layer (B, H, L, L), where the model gives maps itself; else empty
     pooling: str  # how `pooled` is pooled, '' to go by the model
     mask: Tensor | None  # (B, L), 1 for a token; None: no row has padding (images)
+    input_ids: Tensor | None = None  # (B, L)
+    targets: Tensor | None = None  # (B, L) bool, tokens that have a label; then logits are (T, V), of these alone
+    head_states: Tensor | None = None  # (T, D), what the output head saw; None: not taken
+    vocab_size: int = 0  # of the tokenizer; a head may have more columns
 
     def mean(self, states: Tensor) -> Tensor:
         """(B, D) float32, the mean of the (B, L, D) `states` over a row's tokens, special ones too, padding not."""
