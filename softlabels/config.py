@@ -73,7 +73,13 @@ def parse_temperature(text: str | float) -> Temperature:
     return Temperature(numbers[0], numbers[-1], shape)  # type: ignore[arg-type]
 
 
-LOSSES = ("kl", "mse_logits", "soft_cross_entropy", "ce")  # held equal to softlabels.losses.LOSSES by a test
+LOSSES = (
+    "kl",
+    "reverse_kl",
+    "mse_logits",
+    "soft_cross_entropy",
+    "ce",
+)  # held equal to softlabels.losses.LOSSES by a test
 
 
 def parse_losses(items: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from softlabels.cache.files import hash_file, sync_folder, write_file
 from softlabels.cache.format import TEMPORARY
 from softlabels.config import explain
 from softlabels.errors import SoftlabelsError, StudentError
-from softlabels.types import Example
+from softlabels.types import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ class RunRecord(BaseModel):
     student: str
     options: dict[str, Any]
     label_names: list[str]
+    task: Task = "sequence-classification"
     max_length: int  # texts are cut to so many tokens
     losses: dict[str, float]
     temperature: str
@@ -251,7 +252,7 @@ def load_run(path: str | Path) -> Run:
         tokenizer = load_tokenizer(folder)
     except SoftlabelsError as error:
         raise StudentError(f"run {folder} is damaged: {error}") from None
-    if student.config.num_labels != len(record.label_names):
+    if record.task == "sequence-classification" and student.config.num_labels != len(record.label_names):
         raise StudentError(
             f"run {folder} is damaged: its student gives {student.config.num_labels} logits, "
             f"{RECORD} names {len(record.label_names)} classes"

@@ -20,17 +20,20 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from softlabels.cache import Cache
 from softlabels.cache.loader import CacheLoader, LoadOptions
+from softlabels.cache.vocab import open_vocab
+from softlabels.captures.output_head import only_targets
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
 from softlabels.config import StudentOptions, package_versions
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
+from softlabels.losses import HARD
 from softlabels.objective import Objective, build_objective
 from softlabels.progress import progress
 from softlabels.runs import RunRecord, save_run
 from softlabels.students import LINEAR, StudentSpec, build_student, check_student, student_inputs
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.tokens import batches_by_length, pad_batch, tokenize
-from softlabels.types import NO_LABEL, Signals, TokenBatch, TokenizedExample
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Signals, TokenBatch, TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,10 @@ def train_student(
     started = time.monotonic()
     out = Path(out)
     check_options(options)
-    objective = build_objective(options.losses, options.temperature)
     task = cache.manifest.teacher.task
-    if task != "sequence-classification":
-        raise ConfigError(
-            f"train-student learns from classifiers of texts so far; the teacher of this cache is for {task}"
-        )
+    _check_task(cache, options, validation)
+    vocab = open_vocab(cache) if task in LANGUAGE_MODELS and not set(options.losses) <= HARD else None
+    objective = build_objective(options.losses, options.temperature, task=task, vocab=vocab)
     cache.require(objective.fields(), why=f"loss '{_first_soft(objective)}'")
     rows = _teaching_rows(cache, objective)
     split = _hold_out(rows, cache, options, validation)
@@ -81,6 +82,7 @@ def train_student(
             student=options.student,
             options=options.options,
             label_names=cache.label_names,
+            task=task,
             max_length=cache.manifest.dump.max_length,
             losses=options.losses,
             temperature=options.temperature,
@@ -89,7 +91,7 @@ def train_student(
             best_epoch=outcome.best_epoch,
             train_seconds=outcome.seconds,
             train_rows=len(split.train),
-            labelled_rows=int((cache.labels[split.train] != NO_LABEL).sum()),
+            labelled_rows=int((_labelled(cache)[split.train]).sum()),
             validation=outcome.validation,
             history=outcome.history,
             cache=_cache_card(cache),
@@ -146,8 +148,9 @@ def _train_epoch(
     with closing(iter(loader)) as batches:  # its thread ends here, also when a step fails
         for batch in batches:
             batch = batch.to(tools.accelerator.device)
-            student_says = _forward(student, batch.tokens)
-            loss, parts = objective(student_says, batch.teacher, progress=state.step / max(tools.steps - 1, 1))
+            student_says = _forward(student, batch.tokens, objective)
+            teacher_says = objective.hear(batch.teacher)
+            loss, parts = objective(student_says, teacher_says, progress=state.step / max(tools.steps - 1, 1))
             _refuse_divergence(loss, "the loss", options, state)
             tools.accelerator.backward(loss)
             tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
@@ -173,8 +176,11 @@ def _refuse_divergence(values: torch.Tensor, what: str, options: StudentOptions,
         )
 
 
-def _forward(student: PreTrainedModel, batch: TokenBatch) -> Signals:
-    logits = student(**student_inputs(student, batch)).logits.float()  # (B, C)
+def _forward(student: PreTrainedModel, batch: TokenBatch, objective: Objective) -> Signals:
+    """What the student says; a language model only at its targets, (T, V)."""
+    targets = batch.labels != NO_LABEL if objective.language else None
+    with only_targets(student, targets):
+        logits = student(**student_inputs(student, batch)).logits.float()  # (B, C) or (T, V)
     return Signals({"logits": logits}, batch.attention_mask, batch.labels)
 
 
@@ -204,6 +210,7 @@ def _train_network(
     student = build_student(options.student, _student_spec(cache, options, split))
     _refuse_misfit(student, cache)
     student, tools = _prepare(student, options, split, out=out, cpu=cpu)
+    objective = objective.to(tools.accelerator.device)
     state = restore(out, tools.accelerator)
     done = state.epoch * (tools.steps // options.epochs)
     with progress(tools.steps, description=f"train {options.student}", unit="steps", done=done) as update:
@@ -265,17 +272,18 @@ def _validate(
         for numbers in batches_by_length(lengths, batch_size=64):
             batch = pad_batch([split.corpus[i] for i in numbers], pad_token_id=cache.manifest.teacher.pad_token_id)
             batch = batch.to(device)
-            right += int((_forward(student, batch).logits.argmax(-1) == batch.labels).sum())
+            right += int((_forward(student, batch, objective).logits.argmax(-1) == batch.labels).sum())
         return {"accuracy": right / len(split.corpus)}
     if not len(split.held_out):
         return {}
-    total = 0.0
+    total, weight = 0.0, 0
     rows = [split.held_out[numbers] for numbers in batches_by_length(cache.lengths[split.held_out], batch_size=64)]
     for held_out in CacheLoader(cache, rows, objective.fields(), LoadOptions(reuse=True)):
         moved = held_out.to(device)
-        loss, _ = objective(_forward(student, moved.tokens), moved.teacher, progress=1.0)
-        total += loss.item() * len(moved.rows)
-    return {"loss": total / len(split.held_out)}
+        loss, _ = objective(_forward(student, moved.tokens, objective), objective.hear(moved.teacher), progress=1.0)
+        count = int((moved.tokens.labels != NO_LABEL).sum()) if objective.language else len(moved.rows)
+        total, weight = total + loss.item() * count, weight + count
+    return {"loss": total / max(weight, 1)}
 
 
 def _is_exhausted(state: Progress, options: StudentOptions) -> bool:
@@ -299,7 +307,11 @@ def _first_soft(objective: Objective) -> str:
 def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
     if cache.rows < 2:
         raise CacheError(f"cache {cache.path} has one row only: there is nothing to learn from it. Dump more rows")
-    labelled = np.flatnonzero(cache.labels != NO_LABEL)
+    labelled = np.flatnonzero(_labelled(cache))
+    if objective.language:
+        if not len(labelled):
+            raise CacheError(f"no row of cache {cache.path} has a token to predict: dump longer texts")
+        return labelled
     if objective.needs_labels and not len(labelled):
         raise CacheError(
             f"loss 'ce' needs labels; no row of cache {cache.path} has one. Leave --loss ce out, or dump labelled rows"
@@ -311,6 +323,25 @@ def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
             f"the labelled rows of cache {cache.path} are all of one class: there is nothing to tell apart"
         )
     return labelled
+
+
+def _labelled(cache: Cache) -> np.ndarray:
+    """(N,) bool: rows with a class, or with tokens to predict."""
+    return cache.labels != NO_LABEL if cache.targets is None else cache.targets > 0
+
+
+def _check_task(cache: Cache, options: StudentOptions, validation: Corpus | None) -> None:
+    """ConfigError for what can't be learned from such a teacher, or not by such a student."""
+    task = cache.manifest.teacher.task
+    if task not in ("sequence-classification", *LANGUAGE_MODELS):
+        raise ConfigError(
+            f"train-student learns from classifiers of texts and from language models so far; the teacher of this "
+            f"cache is for {task}"
+        )
+    if task in LANGUAGE_MODELS and options.student != "transformer":
+        raise ConfigError(f"student '{options.student}' can't be a {task}: give --student transformer")
+    if task in LANGUAGE_MODELS and validation is not None:
+        raise ConfigError("a language model's student is validated on held-out rows of its cache: leave --eval out")
 
 
 def _hold_out(rows: np.ndarray, cache: Cache, options: StudentOptions, validation: Corpus | None) -> _Split:
@@ -347,10 +378,13 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         used_ids=cache.used_ids(split.train),
         teacher_config=cache.teacher_config(),
         options=options.options,
+        task=teacher.task,
     )
 
 
 def _refuse_misfit(student: PreTrainedModel, cache: Cache) -> None:
+    if cache.manifest.teacher.task in LANGUAGE_MODELS:
+        return  # it was tried out when it was built
     if student.config.num_labels != len(cache.label_names):
         raise StudentError(
             f"the student gives {student.config.num_labels} classes, cache {cache.path} has {len(cache.label_names)} "

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from softlabels.truncated import TruncatedLogits
+
 NO_LABEL = -100  # what torch's cross_entropy ignores; on disk and in batches the mark of a row without a label
 # A masked attention score, in caches and live: float16's lowest number, which every codec can hold (bfloat16 rounds it
 # to -65536) and whose softmax is 0. A score below MASKED / 2 is masked.
@@ -106,11 +108,13 @@ class Signals:
     fields: dict[str, Tensor]
     mask: Tensor
     labels: Tensor
+    vocab: Tensor | TruncatedLogits | None = None  # of a language model: its logits at the T targets
 
     def to(self, device) -> Signals:
         """The same signals on another device."""
         fields = {name: value.to(device) for name, value in self.fields.items()}
-        return Signals(fields, self.mask.to(device), self.labels.to(device))
+        vocab = None if self.vocab is None else self.vocab.to(device)
+        return Signals(fields, self.mask.to(device), self.labels.to(device), vocab)
 
     def get(self, name: str) -> Tensor:
         """The field called `name`; CacheError names what is there instead."""
@@ -118,6 +122,13 @@ class Signals:
             have = ", ".join(sorted(self.fields)) or "nothing"
             raise CacheError(f"a loss asks for field '{name}', but these signals hold {have}")
         return self.fields[name]
+
+    @property
+    def vocabulary(self) -> Tensor | TruncatedLogits:
+        """Logits over a vocabulary, (T, V), complete or truncated."""
+        if self.vocab is None:
+            raise CacheError("a loss asks for logits over a vocabulary, and these signals hold none")
+        return self.vocab
 
     @property
     def logits(self) -> Tensor:

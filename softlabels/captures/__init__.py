@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabels.cache.format import FieldSpec
+from softlabels.cache.vocab import parse_form
 from softlabels.captures import attention, hidden, logits, pooled, qkv, vocab
 from softlabels.captures.attention_tap import NAME, Tap, own_configs
 from softlabels.captures.forward import Batch, Forward, Request
@@ -64,7 +65,7 @@ def parse_captures(items: Sequence[str]) -> list[Request]:
             raise ConfigError(f"no capture '{name}': there are {', '.join(CAPTURES)}.{suggest(name, CAPTURES)}")
         capture = CAPTURES[name]
         if name == "vocab":
-            requests.append(Request(name, form=str(vocab.parse_form(rest))))
+            requests.append(Request(name, form=str(parse_form(rest))))
             continue
         if capture.FIRST_LAYER is None:
             if colon:

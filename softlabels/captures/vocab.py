@@ -10,14 +10,13 @@ Ids are those of the tokenizer: columns that a model has beyond them, to make it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from softlabels.cache.format import FieldSpec
+from softlabels.cache.vocab import PACKED, STATES, parse_form
 from softlabels.cache.vocab_codec import pack, to_plain
 from softlabels.captures.forward import Forward, Request
 from softlabels.errors import ConfigError, TeacherError
@@ -25,44 +24,7 @@ from softlabels.truncated import truncate
 
 FIRST_LAYER = None
 FORMS = ("",)
-STATES, PACKED, PLAIN = "vocab_states", "vocab_packed", "vocab_"
 _STORED = {"uint8": "uint8", "uint16": "uint16", "int32": "int32", "float16": "float16", "float32": "float32"}
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What stands behind `vocab:`. k 0: exact."""
-
-    k: int = 0
-    samples: int = 0
-    packed: bool = False
-
-    def __str__(self) -> str:
-        if not self.k:
-            return "exact"
-        return (
-            f"topk={self.k}" + (f",samples={self.samples}" if self.samples else "") + (",packed" if self.packed else "")
-        )
-
-
-def parse_form(text: str) -> Form:
-    """'exact', 'topk=64', 'topk=64,samples=2,packed'; ConfigError says what is wrong."""
-    form = "say vocab:exact, vocab:topk=64 or vocab:topk=64,samples=2,packed"
-    if text == "exact":
-        return Form()
-    numbers: dict[str, int] = {}
-    packed = False
-    for part in text.split(","):
-        key, equals, value = part.strip().partition("=")
-        if key == "packed" and not equals:
-            packed = True
-        elif key in ("topk", "samples") and value.isdecimal() and key not in numbers:
-            numbers[key] = int(value)
-        else:
-            raise ConfigError(f"--capture vocab:{text}: '{part}' is nothing that vocab takes; {form}")
-    if numbers.get("topk", 0) < 1:
-        raise ConfigError(f"--capture vocab:{text}: the top how many? {form}")
-    return Form(numbers["topk"], numbers.get("samples", 0), packed)
 
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
@@ -100,7 +62,7 @@ def take(request: Request, forward: Forward) -> dict[str, Tensor]:
     kept = kept.to("cpu")
     if form.packed:
         return {PACKED: torch.from_numpy(pack(kept))}
-    return {f"{PLAIN}{name}": _tensor(array) for name, array in to_plain(kept).items() if array.shape[1]}
+    return {f"vocab_{name}": _tensor(array) for name, array in to_plain(kept).items() if array.shape[1]}
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from softlabels.losses.soft_targets import ce, kl, mse_logits, soft_cross_entropy
+from softlabels.losses import language
+from softlabels.losses.soft_targets import ce, kl, mse_logits, reverse_kl, soft_cross_entropy
 from softlabels.types import Signals
 
 
@@ -24,9 +25,18 @@ class Loss(Protocol):
 
 LOSSES: Mapping[str, Loss] = {
     "kl": kl,
+    "reverse_kl": reverse_kl,
     "mse_logits": mse_logits,
     "soft_cross_entropy": soft_cross_entropy,
     "ce": ce,
+}
+
+LANGUAGE_LOSSES: Mapping[str, Loss] = {  # the same names for a language model's student
+    "kl": language.kl,
+    "reverse_kl": language.reverse_kl,
+    "mse_logits": language.mse_logits,
+    "soft_cross_entropy": language.soft_cross_entropy,
+    "ce": language.ce,
 }
 
 HARD = frozenset({"ce"})  # need labels, and nothing of the teacher

@@ -21,6 +21,13 @@ def kl(student: Signals, teacher: Signals, *, temperature: float) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
 
 
+def reverse_kl(student: Signals, teacher: Signals, *, temperature: float) -> Tensor:
+    """T² · KL(q ‖ p), summed over C, mean over rows (Gu et al. 2024, "MiniLLM", section 2.1)."""
+    p = F.log_softmax(teacher.logits / temperature, dim=-1)  # (B, C)
+    q = F.log_softmax(student.logits / temperature, dim=-1)  # (B, C)
+    return F.kl_div(p, q, log_target=True, reduction="batchmean") * temperature**2
+
+
 def mse_logits(student: Signals, teacher: Signals, *, temperature: float = 1.0) -> Tensor:
     """‖zt − zs‖², summed over C, mean over rows (Tang et al. 2019, equation 5). No temperature enters."""
     return (teacher.logits - student.logits).square().sum(dim=-1).mean()

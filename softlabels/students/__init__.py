@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from softlabels.types import TokenBatch
+    from softlabels.types import Task, TokenBatch
 
 STUDENTS: dict[str, str] = {  # a student's name: the module that builds and loads it
     "bilstm": "softlabels.students.bilstm",
@@ -48,6 +48,7 @@ class StudentSpec:
     used_ids: np.ndarray  # sorted distinct token ids of the training rows
     teacher_config: dict[str, Any]  # the teacher's config.json
     options: dict[str, Any]  # checked by the student that is built
+    task: Task = "sequence-classification"
 
 
 class StudentModule(Protocol):
@@ -126,7 +127,7 @@ def _module(kind: str) -> StudentModule:
 
 
 def _check_spec(spec: StudentSpec) -> None:
-    if len(spec.label_names) < 2:
+    if spec.task == "sequence-classification" and len(spec.label_names) < 2:
         raise StudentError(f"a student needs at least two classes; the cache has {spec.label_names}")
     if len(spec.used_ids) == 0:
         raise StudentError("a student needs training rows; the cache has no token")

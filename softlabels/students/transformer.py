@@ -1,5 +1,7 @@
 """A small transformer of any architecture that transformers can build as a sequence classifier.
 
+Of a language model's cache it is a language model: for masked-lm a BERT, for causal-lm a GPT-2 by default.
+
 By default a BERT of 2 layers, 128 wide; its options are `layers`, `hidden_size`, `heads`,
 `intermediate_size`, `model_type` and any attribute of that architecture's config; or `config`, a folder with
 a config.json. With `init_from`, a teacher's folder, it starts from the teacher's embeddings and from its
@@ -16,16 +18,29 @@ from typing import Any
 import huggingface_hub.errors
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from softlabels.config import suggest
 from softlabels.errors import StudentError
 from softlabels.students import StudentSpec, refuse_incomplete, student_inputs
 from softlabels.students.teacher_layers import TeacherWeights, copy_layers, open_teacher
+from softlabels.tasks import find_task
 from softlabels.tokens import OFFSET_POSITIONS
-from softlabels.types import NO_LABEL, TokenBatch
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Task, TokenBatch
 
+_KINDS: dict[Task, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "masked-lm": AutoModelForMaskedLM,
+    "causal-lm": AutoModelForCausalLM,
+}
 WIDTH_OF_A_HEAD = 64
 SHORT_NAMES = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
 FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff")  # by architecture
@@ -41,7 +56,7 @@ def build(spec: StudentSpec) -> PreTrainedModel:
     teacher = _read_init(options)
     config = _make_config(spec, options, teacher)
     try:
-        student = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        student = _KINDS[spec.task].from_config(config, trust_remote_code=False, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         raise StudentError(f"a '{config.model_type}' student can't be built: {_one_line(error)}") from None
     _try_out(student, spec)
@@ -53,7 +68,8 @@ def build(spec: StudentSpec) -> PreTrainedModel:
 def load(folder: Path) -> PreTrainedModel:
     """The transformer saved in `folder`, in evaluation mode. StudentError for a folder that is damaged."""
     try:
-        student, info = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        student, info = _KINDS[find_task(config, where=folder)].from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -76,15 +92,18 @@ def _try_out(student: PreTrainedModel, spec: StudentSpec) -> None:
         with torch.inference_mode():
             types = torch.full_like(ids, min(_token_types(spec), 2) - 1)
             batch = TokenBatch(ids, mask, types, torch.full((2,), NO_LABEL))
+            wanted: tuple[int, ...] = (2, len(spec.label_names))
+            if spec.task in LANGUAGE_MODELS:
+                wanted = (2, spec.max_length, spec.vocab_size)
             shape = tuple(student.eval()(**student_inputs(student, batch)).logits.shape)
-        fault = "" if shape == (2, len(spec.label_names)) else f"it gives {shape}"
+        fault = "" if shape == wanted else f"it gives {shape}"
     except Exception as error:  # each architecture fails in its own way
         fault = _one_line(error)
     finally:
         student.train(was_training)
     if fault:
         raise StudentError(
-            f"a '{student.config.model_type}' of these options can't classify rows of {spec.max_length} tokens: {fault}"
+            f"a '{student.config.model_type}' of these options can't read rows of {spec.max_length} tokens: {fault}"
         )
 
 
@@ -123,7 +142,7 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], teacher: TeacherWei
     """The student's config: a folder's, the teacher's where it gives layers, or a small new one; then the
     options, and over them what the cache says.
     """
-    kind, settings = _start(options, teacher)
+    kind, settings = _start(options, teacher, spec.task)
     chosen = _chosen_settings(kind, options)
     if not settings:
         settings = _small(kind, spec, chosen)
@@ -133,10 +152,13 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], teacher: TeacherWei
     settings |= {
         "vocab_size": spec.vocab_size,
         "pad_token_id": spec.pad_token_id,
-        "id2label": dict(enumerate(spec.label_names)),
-        "label2id": {name: index for index, name in enumerate(spec.label_names)},
         "problem_type": None,
     }
+    if spec.label_names:
+        settings["id2label"] = dict(enumerate(spec.label_names))
+        settings["label2id"] = {name: index for index, name in enumerate(spec.label_names)}
+    if spec.task == "causal-lm" and "is_decoder" in _attributes(kind):
+        settings["is_decoder"] = True  # a BERT that looks back only
     for name in SPECIAL_IDS & _attributes(kind) - set(chosen):
         settings[name] = None  # the architecture's own tokenizer's, which is not the cache's
     # RoBERTa and its kin number positions from pad_token_id + 1: the first rows of their table are never used
@@ -156,7 +178,9 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], teacher: TeacherWei
     return config
 
 
-def _start(options: dict[str, Any], teacher: TeacherWeights | None) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+def _start(
+    options: dict[str, Any], teacher: TeacherWeights | None, task: Task
+) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
     """The class of the config, and what the options change: nothing yet for a student of a new shape."""
     if "config" in options and "model_type" in options:
         raise StudentError("option 'model_type' is already said by the config.json that 'config' names")
@@ -164,7 +188,7 @@ def _start(options: dict[str, Any], teacher: TeacherWeights | None) -> tuple[typ
         config = _read_config(options["config"])
         return type(config), config.to_dict()
     own = None if teacher is None else teacher.config.get("model_type")
-    model_type = options.get("model_type", own or "bert")
+    model_type = options.get("model_type", own or ("gpt2" if task == "causal-lm" else "bert"))
     if model_type not in CONFIG_MAPPING_NAMES:
         near = suggest(str(model_type), CONFIG_MAPPING_NAMES)
         raise StudentError(f"transformers knows no model_type '{model_type}'.{near}")

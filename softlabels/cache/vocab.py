@@ -1,0 +1,119 @@
+"""What a cache says of a whole vocabulary: the form it was kept in, and its fields of a batch as logits again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from softlabels.cache.head import OutputHead, load_head
+from softlabels.cache.vocab_codec import Packing, from_plain, unpack
+from softlabels.errors import CacheError, ConfigError
+from softlabels.truncated import TruncatedLogits
+from softlabels.types import Signals
+
+if TYPE_CHECKING:
+    from softlabels.cache.reader import Cache
+
+STATES, PACKED = "vocab_states", "vocab_packed"
+PLAIN = ("ids", "values", "level", "tail")  # each a field `vocab_…`
+SAMPLED = ("sampled_ids", "sampled_values")  # where there are samples
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What stands behind `vocab:`. k 0: exact."""
+
+    k: int = 0
+    samples: int = 0
+    packed: bool = False
+
+    def __str__(self) -> str:
+        if not self.k:
+            return "exact"
+        samples = f",samples={self.samples}" if self.samples else ""
+        return f"topk={self.k}{samples}{',packed' if self.packed else ''}"
+
+
+def parse_form(text: str) -> Form:
+    """'exact', 'topk=64', 'topk=64,samples=2,packed'; ConfigError says what is wrong."""
+    form = "say vocab:exact, vocab:topk=64 or vocab:topk=64,samples=2,packed"
+    if text == "exact":
+        return Form()
+    numbers: dict[str, int] = {}
+    packed = False
+    for part in text.split(","):
+        key, equals, value = part.strip().partition("=")
+        if key == "packed" and not equals:
+            packed = True
+        elif key in ("topk", "samples") and value.isdecimal() and key not in numbers:
+            numbers[key] = int(value)
+        else:
+            raise ConfigError(f"--capture vocab:{text}: '{part}' is nothing that vocab takes; {form}")
+    if numbers.get("topk", 0) < 1:
+        raise ConfigError(f"--capture vocab:{text}: the top how many? {form}")
+    return Form(numbers["topk"], numbers.get("samples", 0), packed)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabTeacher:
+    """Turns the fields of a batch into the teacher's logits over its vocabulary."""
+
+    form: Form
+    fields: list[str]
+    vocab_size: int
+    head: OutputHead | None  # of exact ones
+
+    def __call__(self, teacher: Signals, *, device: torch.device | str = "cpu") -> Tensor | TruncatedLogits:
+        """Logits (T, V) on `device`, where they are exact; else what is known of them. CacheError where damaged."""
+        if self.head is not None:
+            return self.head(teacher.get(STATES).to(device))
+        if self.form.packed:
+            packing = Packing(self.vocab_size, self.form.k, self.form.samples)
+            return unpack(teacher.get(PACKED).cpu().numpy(), packing).to(device)
+        arrays = {name: teacher.get(f"vocab_{name}").cpu().numpy() for name in PLAIN}
+        for name in SAMPLED:
+            empty = torch.empty(len(arrays["ids"]), 0)
+            arrays[name] = (teacher.get(f"vocab_{name}") if self.form.samples else empty).cpu().numpy()
+        return from_plain(arrays, self.vocab_size).to(device)
+
+    def to(self, device: torch.device | str) -> VocabTeacher:
+        """The same with its head on another device."""
+        return VocabTeacher(
+            self.form, self.fields, self.vocab_size, None if self.head is None else self.head.to(device)
+        )
+
+
+def open_vocab(cache: Cache) -> VocabTeacher:
+    """What `cache` holds of a vocabulary; the exact logits where it has both. CacheError where it has none."""
+    vocab_size = cache.manifest.teacher.vocab_size
+    names = next((names for names in ([STATES], _plain(), [PACKED]) if names[0] in cache.fields), None)
+    if names is None:
+        cache.require(["vocab_ids"], why="a language model's student")
+        raise AssertionError("require raises where a field is missing")
+    spec = cache.fields[names[0]]
+    form = parse_form(spec.form or "")
+    if form.samples and not form.packed:
+        names = [*names, *(f"vocab_{name}" for name in SAMPLED)]
+    cache.require(names, why=f"vocab:{form}")
+    _check_widths(cache, form, names)
+    head = load_head(cache.path, vocab_size=vocab_size, width=spec.width) if not form.k else None
+    return VocabTeacher(form, names, vocab_size, head)
+
+
+def _plain() -> list[str]:
+    return [f"vocab_{name}" for name in PLAIN]
+
+
+def _check_widths(cache: Cache, form: Form, names: Sequence[str]) -> None:
+    """CacheError where a field's shape is not that of its form."""
+    wanted = {"vocab_ids": form.k, "vocab_values": form.k, "vocab_level": 1, "vocab_tail": 10}
+    wanted |= {f"vocab_{name}": form.samples for name in SAMPLED}
+    wanted[PACKED] = Packing(cache.manifest.teacher.vocab_size, max(form.k, 1), form.samples).bytes
+    for name in names:
+        spec = cache.fields[name]
+        if spec.kind != "target" or (name in wanted and spec.width != wanted[name]):
+            raise CacheError(f"cache {cache.path}: field {name} is not what vocab:{form} has: the manifest is damaged")

@@ -1,0 +1,247 @@
+"""Language models, teacher to student: logits over a vocabulary in every form, and what is learned of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM, GPT2LMHeadModel
+
+from softlabels.cache import Cache, open_cache
+from softlabels.cache.head import HEAD
+from softlabels.cache.verify import verify_cache
+from softlabels.cache.vocab import Form, open_vocab, parse_form
+from softlabels.captures.output_head import keep_head, only_targets
+from softlabels.config import DumpOptions, StudentOptions
+from softlabels.corpus import Corpus
+from softlabels.dump import dump
+from softlabels.errors import CacheError, ConfigError, TeacherError
+from softlabels.losses import language
+from softlabels.runs import load_run
+from softlabels.teacher import load_teacher
+from softlabels.train import train_student
+from softlabels.truncated import TruncatedLogits, truncate
+from softlabels.types import NO_LABEL, Example, Signals, TokenBatch
+from tests.models import TEXTS
+from tests.test_tasks import save
+
+KINDS = ["GPT2LMHeadModel", "BertForMaskedLM"]
+FORMS = ["vocab:exact", "vocab:topk=16", "vocab:topk=16,samples=2", "vocab:topk=16,samples=4,packed"]
+
+
+def corpus_of(count: int) -> Corpus:
+    rows = [Example(f"row-{i}", text) for i, (text, _) in enumerate(TEXTS[:count])]
+    return Corpus(source="made", split=None, examples=rows, label_names=None)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("teacher"), request.param)
+
+
+def dumped(folder: Path, teacher: Path, capture: str, *, rows: int = 12, **options: Any) -> Cache:
+    usual = {"capture": [capture], "shard_rows": 5, "codec": "float32"}
+    dump(corpus_of(rows), teacher=str(teacher), out=folder, options=DumpOptions.model_validate(usual | options))
+    assert verify_cache(folder).whole
+    return open_cache(folder)
+
+
+def live_logits(teacher: Path, tokens: TokenBatch) -> torch.Tensor:
+    """(T, V) by the model as it is, every position computed."""
+    loaded = load_teacher(str(teacher))
+    with torch.no_grad():
+        logits = loaded.model(**tokens.model_inputs()).logits
+    return logits[tokens.labels != NO_LABEL][:, : len(loaded.tokenizer)]
+
+
+@pytest.mark.parametrize("capture", FORMS)
+def test_the_cache_equals_the_live_teacher(teacher: Path, tmp_path: Path, capture: str) -> None:
+    cache = dumped(tmp_path, teacher, capture)
+    vocab = open_vocab(cache)
+    assert f"vocab:{vocab.form}" == capture
+    batch = cache.batch([7, 0, 11], vocab.fields)
+    wanted = live_logits(teacher, batch.tokens)
+    assert cache.targets is not None and len(wanted) == cache.targets[[7, 0, 11]].sum()
+    found = vocab(batch.teacher)
+    if isinstance(found, torch.Tensor):
+        assert torch.allclose(found, wanted, atol=1e-4)
+        return
+    best = truncate(wanted, k=16)
+    off = 0.021 if vocab.form.packed else 0.01
+    chosen = wanted.gather(1, found.ids)
+    assert torch.allclose(found.values, chosen, atol=off) and torch.allclose(found.values, best.values, atol=off)
+    assert torch.allclose(found.tail_logsumexp, best.tail_logsumexp, atol=0.05)
+    assert found.samples == vocab.form.samples
+    if found.samples:
+        assert torch.allclose(found.sampled_values, wanted.gather(1, found.sampled_ids), atol=0.05)
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(teacher: Path, tmp_path: Path) -> None:
+    one = dumped(tmp_path / "a", teacher, FORMS[2])
+    other = dumped(tmp_path / "b", teacher, FORMS[2], shard_rows=12, batch_tokens=64)
+    rows = np.arange(12)
+    field = "vocab_sampled_ids"
+    assert torch.equal(one.batch(rows, [field]).teacher.get(field), other.batch(rows, [field]).teacher.get(field))
+
+
+def test_columns_beyond_the_tokenizer_are_left_out(tmp_path: Path) -> None:
+    """A model may have more rows in its head than the tokenizer has tokens."""
+    folder = save(tmp_path / "t", "GPT2LMHeadModel")
+    loaded = load_teacher(str(folder))
+    size = len(loaded.tokenizer)
+    padded = GPT2LMHeadModel.from_pretrained(folder)
+    padded.resize_token_embeddings(size + 37)
+    padded.save_pretrained(folder)
+    for number, capture in enumerate(FORMS[:2]):
+        cache = dumped(tmp_path / f"c{number}", folder, capture)
+        vocab = open_vocab(cache)
+        found = vocab(cache.batch([1, 2], vocab.fields).teacher)
+        assert vocab.vocab_size == size
+        assert (found.shape[1] if isinstance(found, torch.Tensor) else found.vocab_size) == size
+
+
+def test_the_head_sees_only_targets(teacher: Path) -> None:
+    model = load_teacher(str(teacher)).model
+    ids = torch.randint(5, 50, (2, 7))
+    targets = torch.zeros(2, 7, dtype=torch.bool)
+    targets[0, 2] = targets[1, 5] = targets[1, 6] = True
+    with torch.no_grad():
+        whole = model(ids).logits
+        with only_targets(model, targets) as seen:
+            assert torch.allclose(model(ids).logits, whole[targets], atol=1e-5) and seen[0].shape[0] == 3
+        assert torch.equal(model(ids).logits, whole)  # nothing stays behind
+
+
+def test_logits_that_are_more_than_a_linear_map(teacher: Path) -> None:
+    model = load_teacher(str(teacher)).model
+    states, logits = torch.randn(4, 32), torch.randn(4, 300)
+    with pytest.raises(TeacherError, match="does more to its logits"):
+        keep_head(model, states, logits, vocab_size=100)
+
+
+def test_forms() -> None:
+    assert parse_form("exact") == Form() and str(parse_form("topk=8,samples=3,packed")) == "topk=8,samples=3,packed"
+    for text in ("", "topk", "topk=0", "topk=x", "top=3", "topk=3,topk=4", "exact,packed", "samples=2"):
+        with pytest.raises(ConfigError, match="vocab:exact, vocab:topk=64"):
+            parse_form(text)
+
+
+def test_a_vocabulary_is_a_language_models(tmp_path: Path) -> None:
+    folder = save(tmp_path / "t", "BertForSequenceClassification")
+    with pytest.raises(TeacherError, match="no output head over a vocabulary"):
+        dumped(tmp_path / "c", folder, "vocab:exact")
+
+
+def test_a_lost_or_foreign_head(teacher: Path, tmp_path: Path) -> None:
+    cache = dumped(tmp_path, teacher, "vocab:exact")
+    path = tmp_path / "teacher" / HEAD
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert not verify_cache(tmp_path).whole
+    with pytest.raises(CacheError, match="damaged"):
+        open_vocab(cache)
+    path.unlink()
+    with pytest.raises(CacheError, match="is missing"):
+        open_vocab(cache)
+    path.write_bytes(whole)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"width": 32', '"width": 16'))
+    with pytest.raises(CacheError, match=r"no head of|does not belong"):
+        open_vocab(open_cache(tmp_path)), open_cache(tmp_path).batch([0], ["vocab_states"])
+
+
+# --------------------------------------------------------------------------------------------------------- students
+
+
+def test_losses_are_those_of_the_full_logits(teacher: Path, tmp_path: Path) -> None:
+    """Of exact logits to the letter; of k = V − 1, where the tail is one token, as nearly."""
+    exact = dumped(tmp_path / "a", teacher, "vocab:exact")
+    size = exact.manifest.teacher.vocab_size
+    nearly = dumped(tmp_path / "b", teacher, f"vocab:topk={size - 1}")
+    results = []
+    for cache in (exact, nearly):
+        vocab = open_vocab(cache)
+        batch = cache.batch([3, 4], vocab.fields)
+        says = Signals({}, batch.tokens.attention_mask, batch.tokens.labels, vocab(batch.teacher))
+        generator = torch.Generator().manual_seed(0)
+        count = int((batch.tokens.labels != NO_LABEL).sum())
+        own = Signals({"logits": torch.randn(count, size, generator=generator)}, says.mask, says.labels)
+        losses = (language.kl, language.reverse_kl, language.soft_cross_entropy)
+        results.append([float(loss(own, says, temperature=2.0)) for loss in losses])
+        p = (live_logits(teacher, batch.tokens).double() / 2).log_softmax(1)
+        q = (own.logits.double() / 2).log_softmax(1)
+        kl, reverse = ((p.exp() * (p - q)).sum(1).mean() * 4).item(), ((q.exp() * (q - p)).sum(1).mean() * 4).item()
+        cross = -(p.exp() * q).sum(1).mean().item()
+        assert results[-1] == pytest.approx([kl, reverse, cross], rel=2e-3)
+
+
+@pytest.mark.parametrize("capture", [FORMS[0], FORMS[1], FORMS[3]])
+def test_a_student_learns_the_language(teacher: Path, tmp_path: Path, capture: str) -> None:
+    cache = dumped(tmp_path / "cache", teacher, capture, rows=40, shard_rows=64)
+    options = StudentOptions(
+        student="transformer",
+        options={"layers": 1, "hidden_size": 32, "heads": 4},
+        losses={"kl": 1.0},
+        temperature="2",
+        epochs=6,
+        batch_size=8,
+        lr=1e-2,
+    )
+    report = train_student(cache, out=tmp_path / "run", options=options, cpu=True)
+    run = load_run(tmp_path / "run")
+    losses = [entry["train/loss"] for entry in run.record.history]
+    assert losses[-1] < 0.7 * losses[0] and report.validation["loss"] < losses[0]
+    causal = run.record.task == "causal-lm"
+    plain = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(tmp_path / "run")
+    batch = cache.batch([0, 1], [])
+    assert isinstance(run.student, torch.nn.Module)
+    with torch.no_grad():
+        one, other = plain(**_inputs(plain, batch.tokens)).logits, run.student(**_inputs(plain, batch.tokens)).logits
+    assert torch.allclose(one, other, atol=1e-5) and type(plain) is type(run.student)
+    assert isinstance(plain, GPT2LMHeadModel if causal else BertForMaskedLM)
+
+
+def _inputs(model: Any, tokens: TokenBatch) -> dict[str, torch.Tensor]:
+    from softlabels.students import student_inputs
+
+    return student_inputs(model, tokens)
+
+
+def test_tokens_alone_teach_too(teacher: Path, tmp_path: Path) -> None:
+    cache = dumped(tmp_path / "cache", teacher, "hidden:1", rows=30)
+    options = StudentOptions(
+        student="transformer",
+        options={"layers": 1, "hidden_size": 32, "heads": 4, "model_type": "roberta"},
+        losses={"ce": 1.0},
+        epochs=2,
+        lr=1e-2,
+    )
+    if cache.manifest.teacher.task == "causal-lm":
+        options = options.model_copy(update={"options": {**options.options, "model_type": "gpt2"}})
+    report = train_student(cache, out=tmp_path / "run", options=options, cpu=True)
+    assert math.isfinite(report.validation["loss"])
+    with pytest.raises(CacheError, match=r"needs vocab_ids; cache .* Dump it with --capture vocab:topk=64"):
+        soft = options.model_copy(update={"losses": {"kl": 1.0}})
+        train_student(cache, out=tmp_path / "soft", options=soft, cpu=True)
+
+
+def test_students_that_are_no_language_models(teacher: Path, tmp_path: Path) -> None:
+    cache = dumped(tmp_path / "cache", teacher, FORMS[1])
+    with pytest.raises(ConfigError, match="give --student transformer"):
+        train_student(cache, out=tmp_path / "run", options=StudentOptions(student="bilstm"), cpu=True)
+    with pytest.raises(ConfigError, match="needs all logits"):
+        options = StudentOptions(student="transformer", losses={"mse_logits": 1.0}, epochs=1)
+        train_student(cache, out=tmp_path / "other", options=options, cpu=True)
+
+
+def test_truncated_logits_have_their_own_place() -> None:
+    """Signals carry them beside the fields, from device to device."""
+    kept = truncate(torch.randn(3, 20), k=4)
+    moved = Signals({}, torch.ones(1, 3), torch.zeros(1, 3), kept).to("cpu")
+    assert isinstance(moved.vocabulary, TruncatedLogits) and torch.equal(moved.vocabulary.ids, kept.ids)
+    with pytest.raises(CacheError, match="hold none"):
+        _ = Signals({}, torch.ones(1, 3), torch.zeros(1, 3)).vocabulary
