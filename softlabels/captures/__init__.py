@@ -8,6 +8,7 @@ behind an @. A new capture is one file here and one line in `CAPTURES`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -138,6 +139,8 @@ class TeacherRun:
         sink = Tap(layers=frozenset(self.layers_of("qkv", "attention")))
         if self.tapped:
             inputs[NAME] = sink  # an opaque object that reaches every layer
+        if _may_cache(self.model):
+            inputs["use_cache"] = False  # keys and values for a next token, copied and held for every layer
         body: list[Any] = []  # what the model hands to its head
         with torch.set_grad_enabled(gradients), _collect(self.model.base_model, body, wanted=self.wants("pooled")):
             output = self.model(
@@ -186,6 +189,13 @@ def _collect(module: nn.Module, outputs: list[Any], *, wanted: bool) -> Iterator
         yield
     finally:
         handle.remove()
+
+
+def _may_cache(model: PreTrainedModel) -> bool:
+    """Whether `model` would keep keys and values to generate from, and can be told not to."""
+    takes = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    return bool(getattr(model.config, "use_cache", False)) and (passes_on or "use_cache" in takes)
 
 
 def _first(outputs: Sequence[Any], *names: str) -> Any:
