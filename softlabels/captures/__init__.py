@@ -23,7 +23,7 @@ from softlabels.captures import attention, hidden, logits, pooled, qkv
 from softlabels.captures.attention_tap import NAME, Tap, own_configs
 from softlabels.captures.forward import Batch, Forward, Request
 from softlabels.captures.pooled import Pooling
-from softlabels.captures.tappable import eager_maps, own_maps, why_not_tapped
+from softlabels.captures.tappable import eager_maps, exactly, own_maps, why_not_tapped
 from softlabels.config import suggest
 from softlabels.errors import ConfigError, TeacherError
 
@@ -54,7 +54,10 @@ CAPTURES: Mapping[str, Capture] = {
 
 
 def parse_captures(items: Sequence[str]) -> list[Request]:
-    """`['logits', 'hidden:3,6', 'qkv:5-6', 'hidden:all@cls']` as requests; ConfigError says what is wrong."""
+    """`['logits', 'hidden:3,6', 'hidden:all@cls', 'qkv:5-6', 'attention:6@scores']` as requests.
+
+    ConfigError says what is wrong and what there is instead.
+    """
     requests = []
     for item in items:
         name, colon, rest = item.partition(":")
@@ -217,8 +220,9 @@ def prepare(
         return run
     own_configs(model)
     before = model.config._attn_implementation
-    maps = eager_maps(model, probe)
-    fault = why_not_tapped(model, probe, maps=maps)
+    with exactly(model.device):
+        maps = eager_maps(model, probe)
+        fault = why_not_tapped(model, probe, maps=maps)
     if not fault:
         return replace(run, tapped=True)
     model.set_attn_implementation(before)
