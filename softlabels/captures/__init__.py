@@ -8,6 +8,7 @@ behind an @. A new capture is one file here and one line in `CAPTURES`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from softlabels.captures.attention_tap import NAME, Tap, own_configs
 from softlabels.captures.forward import Batch, Forward, Request
 from softlabels.captures.output_head import only_targets
 from softlabels.captures.pooled import Pooling
-from softlabels.captures.tappable import eager_maps, own_maps, why_not_tapped
+from softlabels.captures.tappable import eager_maps, exactly, own_maps, why_not_tapped
 from softlabels.config import suggest
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.types import NO_LABEL
@@ -57,7 +58,10 @@ CAPTURES: Mapping[str, Capture] = {
 
 
 def parse_captures(items: Sequence[str]) -> list[Request]:
-    """`['logits', 'hidden:3,6', 'qkv:5-6', 'hidden:all@cls']` as requests; ConfigError says what is wrong."""
+    """`['logits', 'hidden:3,6', 'hidden:all@cls', 'qkv:5-6', 'attention:6@scores']` as requests.
+
+    ConfigError says what is wrong and what there is instead.
+    """
     requests = []
     for item in items:
         name, colon, rest = item.partition(":")
@@ -146,6 +150,8 @@ class TeacherRun:
         sink = Tap(layers=frozenset(self.layers_of("qkv", "attention")))
         if self.tapped:
             inputs[NAME] = sink  # an opaque object that reaches every layer
+        if _may_cache(self.model):
+            inputs["use_cache"] = False  # keys and values for a next token, copied and held for every layer
         body: list[Any] = []  # what the model hands to its head
         targets = getattr(batch, "labels", torch.empty(0)) != NO_LABEL if self.wants("vocab") else None
         with (
@@ -205,6 +211,13 @@ def _collect(module: nn.Module, outputs: list[Any], *, wanted: bool) -> Iterator
         handle.remove()
 
 
+def _may_cache(model: PreTrainedModel) -> bool:
+    """Whether `model` would keep keys and values to generate from, and can be told not to."""
+    takes = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    return bool(getattr(model.config, "use_cache", False)) and (passes_on or "use_cache" in takes)
+
+
 def _first(outputs: Sequence[Any], *names: str) -> Any:
     """The first of the attributes `names` that one of `outputs` has, and that is not None."""
     found = (getattr(output, name, None) for output in outputs for name in names)
@@ -229,8 +242,9 @@ def prepare(
         return run
     own_configs(model)
     before = model.config._attn_implementation
-    maps = eager_maps(model, probe)
-    fault = why_not_tapped(model, probe, maps=maps)
+    with exactly(model.device):
+        maps = eager_maps(model, probe)
+        fault = why_not_tapped(model, probe, maps=maps)
     if not fault:
         return replace(run, tapped=True)
     model.set_attn_implementation(before)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from softlabels.errors import SoftlabelsError, TeacherError
+from softlabels.errors import ConfigError, TeacherError
 from softlabels.types import MASKED
 
 NAME = "softlabels_tap"
@@ -151,7 +151,7 @@ def _tapped_attention(
     )
     if sink is not None and taken:
         if sink.state == "new":
-            raise SoftlabelsError("softlabels_tap= goes to the model that was tapped, not to a part of it")
+            raise ConfigError("softlabels_tap= goes to the model that was tapped, not to a part of it")
         if kwargs.get("s_aux") is not None:
             raise TeacherError("its attention has sinks, which take a share of every distribution")
         sink.record(module, call)
@@ -172,9 +172,9 @@ def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if sink is None:
         return
     if sink.state != "new":
-        raise SoftlabelsError("a Tap takes one forward pass: give a new one to each call of the model")
+        raise ConfigError("a Tap takes one forward pass: give a new one to each call of the model")
     if model.training and torch.is_grad_enabled() and any(map(_is_reentrant, model.modules())):
-        raise SoftlabelsError(
+        raise ConfigError(
             f"{type(model).__name__} has gradient checkpointing with use_reentrant=True, under which queries, keys and "
             f"values lose their gradients: enable it with use_reentrant=False"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,18 @@ from softlabels.types import MASKED
 _REFUSALS = (ValueError, TypeError, KeyError)  # of architectures without the interface, or without such a keyword
 
 
-@torch.no_grad()
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """No autocast and no rounding of matrix products inside, so that two ways to the same number can be compared."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def eager_maps(model: PreTrainedModel, probe: Batch) -> tuple[Tensor, ...]:
     """The model's own maps of `probe`, one a layer, (B, H, L, L); empty where it has others or none."""
     try:
@@ -34,7 +47,6 @@ def own_maps(output: Any) -> tuple[Tensor, ...]:
     return (getattr(output, "attentions", None) if maps is None else maps) or ()
 
 
-@torch.no_grad()
 def why_not_tapped(model: PreTrainedModel, probe: Batch, *, maps: tuple[Tensor, ...]) -> str:
     """Why Q, K and V of this architecture cannot be taken, or ''; the model is left tapped.
 

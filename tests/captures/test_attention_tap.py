@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, EncoderDecoderConfi
 
 from softlabels.captures import parse_captures, prepare
 from softlabels.captures.attention_tap import NAME, AttentionCall, Tap, tap
-from softlabels.errors import SoftlabelsError
+from softlabels.errors import ConfigError
 from softlabels.types import MASKED
-from tests.captures.architectures import batch_of, eager, model_of
+from tests.captures.architectures import batch_of, eager, model_of, real_tokens
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -91,9 +91,9 @@ def test_a_tapped_model_saves_as_an_ordinary_one(tmp_path) -> None:
 def test_a_tap_takes_one_forward_pass_of_the_model_itself() -> None:
     model, batch, sink = tapped(), batch_of(), Tap()
     model(**batch.model_inputs(), softlabels_tap=sink)
-    with pytest.raises(SoftlabelsError, match="one forward pass"):
+    with pytest.raises(ConfigError, match="one forward pass"):
         model(**batch.model_inputs(), softlabels_tap=sink)
-    with pytest.raises(SoftlabelsError, match="not to a part of it"):
+    with pytest.raises(ConfigError, match="not to a part of it"):
         model.base_model(**batch.model_inputs(), softlabels_tap=Tap())
 
 
@@ -196,7 +196,7 @@ def test_checkpointed_layers_are_seen_once_and_keep_their_gradients() -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     model = tapped().train()
     model.activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(SoftlabelsError, match="use_reentrant=False"):
+    with pytest.raises(ConfigError, match="use_reentrant=False"):
         model(**batch_of().model_inputs(), softlabels_tap=Tap())
     model(**batch_of().model_inputs())  # without a tap it is nobody's business
     with torch.no_grad():
@@ -282,6 +282,19 @@ def test_half_precision_is_widened_for_the_scores_under_autocast_too() -> None:
         scores = call.scores()
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.double(), reference(call), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gemma2", "t5", "bart", "modernbert"])
+def test_a_tapped_model_runs_under_autocast(kind: str) -> None:
+    batch = batch_of(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        run = prepare(model_of(kind), parse_captures(["attention:all", "attention:all@scores", "qkv:1"]), batch)
+        assert run.tapped
+        values = run.take(batch)
+    exact = prepare(model_of(kind), parse_captures(["attention:1"]), batch).take(batch)
+    assert all(value.isfinite().all() for value in values.values())
+    off = (values["attention.01"] - exact["attention.01"]).abs().transpose(1, 2)[real_tokens(batch, 9)]
+    assert off.max() < 0.1 and off.mean() < 0.01
 
 
 def test_a_query_that_may_look_nowhere_is_finite() -> None:
