@@ -103,8 +103,7 @@ class Teacher:
 
 def make_teacher(corpora: Path, seconds: float, folder: Path | None) -> Teacher:
     books = {name: corpora / "lm_english_novels" / f"{name}.txt" for name in (*TRAINING, HELD_OUT)}
-    kept = folder is not None and (folder / "tokenizer.json").exists()
-    if kept:
+    if folder is not None and (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
     else:
