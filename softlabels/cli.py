@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from softlabels.errors import ConfigError, SoftlabelsError
+
+if TYPE_CHECKING:
+    from softlabels.corpus import Corpus
 
 app = typer.Typer(
     name="softlabels",
@@ -195,8 +198,9 @@ def dump_command(
         list[str] | None,
         typer.Option(
             metavar="WHAT",
-            help="logits, hidden:LAYERS, hidden:LAYERS@cls, qkv:LAYERS or attention:LAYERS (LAYERS: 3,6 or 1-6 or "
-            "all); may be repeated; by default logits",
+            help="logits, pooled, hidden:LAYERS, hidden:LAYERS@cls or @mean, qkv:LAYERS, attention:LAYERS or "
+            "attention:LAYERS@scores (LAYERS: 3,6 or 1-6 or all); of a language model vocab:exact, vocab:topk=64 or "
+            "vocab:topk=64,samples=2,packed; may be repeated; by default logits, or what is nearest to them",
         ),
     ] = None,
     task: Annotated[
@@ -502,17 +506,42 @@ def evaluate_command(
     rows: Rows = None,
     as_json: Json = False,
 ) -> None:
-    """Quality per class; fidelity; size; latency."""
+    """Quality per class, or perplexity; fidelity; size; latency."""
     from softlabels.cache import open_cache
     from softlabels.corpus import read_corpus
+    from softlabels.runs import read_record
+    from softlabels.types import LANGUAGE_MODELS
+
+    task = read_record(run).task
+    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=task)
+    if task in LANGUAGE_MODELS:
+        _evaluate_language_model(run, data, cache, as_json=as_json)
+        return
     from softlabels.evaluate import evaluate
 
-    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
     found = evaluate(run, data, cache=None if cache is None else open_cache(cache))
     if as_json:
         _print_json(found.to_dict())
     else:
         typer.echo(_evaluation_table(found))
+
+
+def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, as_json: bool) -> None:
+    from softlabels.cache import open_cache
+    from softlabels.perplexity import evaluate_language_model
+
+    found = evaluate_language_model(run, corpus, cache=None if cache is None else open_cache(cache))
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    facts: dict[str, Any] = {"rows": found.rows, "tokens predicted": found.targets, "perplexity": found.perplexity}
+    if found.fidelity is not None:
+        facts |= {
+            "KL to the teacher": found.fidelity.kl,
+            "agreement with the teacher": found.fidelity.agreement,
+            "teacher's perplexity": found.fidelity.teacher_perplexity,
+        }
+    typer.echo(_facts(facts | {"parameters": f"{found.parameters:,}", "bytes": found.bytes}))
 
 
 @app.command(

@@ -31,6 +31,7 @@ from softlabels.teacher import Teacher, load_teacher
 from softlabels.tokens import pad_batch, resolve_max_length
 from softlabels.types import LANGUAGE_MODELS, Example, Task, TokenBatch, TokenizedExample
 
+_PROBE_WORDS = 4
 _DEFAULT_CAPTURES: dict[Task, str] = {
     "sentence-embedding": "pooled",
     "masked-lm": "vocab:topk=64",
@@ -139,9 +140,10 @@ def _check_captures(task: Task, requests: Sequence[Request]) -> None:
 
 
 def _probe(corpus: Corpus, teacher: Teacher, *, max_length: int, masking: Masking | None) -> TokenBatch:
-    """A short row, but a long one where it must have something to predict."""
-    choose = max if teacher.task in LANGUAGE_MODELS else min
-    row = replace(choose(corpus.examples, key=lambda example: len(example.text)), label=None)
+    """A short row of a few words at least, so that there is something to attend to, and to predict."""
+    wordy = [example for example in corpus.examples if len(example.text.split()) >= _PROBE_WORDS]
+    chosen = min(wordy, key=lambda row: len(row.text)) if wordy else max(corpus.examples, key=lambda row: len(row.text))
+    row = replace(chosen, label=None)
     labels = encode_task_labels(teacher.task, [row], teacher.label_names)
     tokens = tokenize_task(
         teacher.task, teacher.tokenizer, [row], max_length=max_length, labels=labels, masking=masking

@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from softlabels.cache import Cache
 from softlabels.corpus import Corpus, encode_labels
-from softlabels.errors import CacheError, CorpusError
+from softlabels.errors import CacheError, CorpusError, StudentError
 from softlabels.runs import Run, load_run
 from softlabels.tokens import pad_batch, token_hash, tokenize
 from softlabels.types import NO_LABEL, Example
@@ -243,6 +243,8 @@ class Prediction:
 def predict(run: Path, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:
     """The student's class for every text (or pair of texts), with its probability (softmax of its logits, T = 1)."""
     student = load_run(run)
+    if student.record.task != "sequence-classification":
+        raise StudentError(f"{run} is a {student.record.task} student: it has no classes to predict")
     examples = [
         Example(str(i), text, None) if isinstance(text, str) else Example(str(i), text[0], text[1])
         for i, text in enumerate(texts)

@@ -21,7 +21,8 @@ from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.losses import language
-from softlabels.runs import load_run
+from softlabels.perplexity import evaluate_language_model
+from softlabels.runs import load_run, save_run
 from softlabels.teacher import load_teacher
 from softlabels.train import train_student
 from softlabels.truncated import TruncatedLogits, truncate
@@ -245,3 +246,35 @@ def test_truncated_logits_have_their_own_place() -> None:
     assert isinstance(moved.vocabulary, TruncatedLogits) and torch.equal(moved.vocabulary.ids, kept.ids)
     with pytest.raises(CacheError, match="hold none"):
         _ = Signals({}, torch.ones(1, 3), torch.zeros(1, 3)).vocabulary
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("capture", FORMS[:2])
+def test_perplexity_and_distance_to_the_teacher(teacher: Path, tmp_path: Path, capture: str) -> None:
+    """The teacher itself as the student: no distance, and its own perplexity by a plain loop."""
+    cache = dumped(tmp_path / "cache", teacher, capture, masking={"seed": 3, "times": 2})
+    options = StudentOptions(student="transformer", losses={"ce": 1.0}, epochs=1, options={"layers": 1})
+    train_student(cache, out=tmp_path / "run", options=options, cpu=True)
+    record = load_run(tmp_path / "run").record
+    save_run(tmp_path / "twin", load_teacher(str(teacher)).model, record, tokenizer=cache.tokenizer())
+    found = evaluate_language_model(tmp_path / "twin", corpus_of(12), cache=cache)
+    surprise = 0.0
+    for row in range(cache.rows):
+        tokens = cache.tokens([row])
+        labels = tokens.labels[tokens.labels != NO_LABEL]
+        surprise += float(torch.nn.functional.cross_entropy(live_logits(teacher, tokens), labels, reduction="sum"))
+    assert cache.targets is not None and found.targets == cache.targets.sum()
+    assert found.perplexity == pytest.approx(math.exp(surprise / found.targets), rel=1e-4)
+    assert found.fidelity is not None and found.fidelity.targets == found.targets
+    assert abs(found.fidelity.kl) < 1e-4 and found.fidelity.agreement > 0.99
+    exact = capture == "vocab:exact"
+    assert found.fidelity.teacher_perplexity == (pytest.approx(found.perplexity, rel=1e-3) if exact else None)
+    other = evaluate_language_model(tmp_path / "run", corpus_of(12), cache=cache)
+    assert other.fidelity is not None and other.fidelity.kl > 0.01
+    assert evaluate_language_model(tmp_path / "run", corpus_of(12)).fidelity is None
+    with pytest.raises(CacheError, match="no row of made"):
+        strange = [Example(f"x{i}", text) for i, (text, _) in enumerate(TEXTS[:2])]
+        corpus = Corpus(source="made", split=None, examples=strange, label_names=None)
+        evaluate_language_model(tmp_path / "run", corpus, cache=cache)

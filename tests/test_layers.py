@@ -31,6 +31,7 @@ LAYERS = {
         "labels",
         "losses",
         "objective",
+        "perplexity",
         "pretrained",
         "progress",
         "runs",
@@ -38,9 +39,8 @@ LAYERS = {
         "tasks",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
-        "truncated",
     ],
-    "base": ["errors", "types"],
+    "base": ["errors", "truncated", "types"],
 }
 MAY_IMPORT = {
     "cli": {"cli", "run", "stage", "part", "base"},

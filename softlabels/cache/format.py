@@ -40,10 +40,12 @@ texts (`text_b` is empty for single texts).
 In all but the first line `label` is -100. A token whose label isn't -100 is a **target**.
 
 **Other fields** have a column named like the field, of one of four kinds (`kind` in the manifest):
-    row    fixed_size_list<T>[width]      `logits`: width = number of classes; `hidden.06@cls`: the first token's state
+    row    fixed_size_list<T>[width]      `logits`: width = number of classes; `hidden.06@cls` and `@mean`: the first
+                                          token's state, and the mean over all; `pooled`
     token  list<T>, L·width values        a value vector a token: `hidden.06`; `query.06`, `key.06`, `value.06` with
                                           width = heads·head width, heads outermost
-    pair   list<T>, width·L·L values      `attention.06`: a map a head, query rows, key columns; width = heads
+    pair   list<T>, width·L·L values      `attention.06`: a map a head, query rows, key columns; width = heads.
+                                          `attention.06@scores`: before the softmax, -65504 where a key is masked
     target list<T>, width values a target a vector for each target of the row, in their order (below)
 L is the length of the row's `input_ids`: nothing is padded. Layer 0 is the embedding output, layer i the output of
 layer i. `type` in the manifest says what T is and what a stored value means:
