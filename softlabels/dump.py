@@ -8,7 +8,8 @@ goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
 from softlabels.captures import TeacherRun, parse_captures, prepare
+from softlabels.captures.forward import Request
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus, encode_labels
+from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
+from softlabels.errors import TeacherError
 from softlabels.progress import progress
 from softlabels.teacher import Teacher, load_teacher
 from softlabels.tokens import pad_batch, resolve_max_length, tokenize
@@ -40,6 +44,7 @@ class DumpReport:
     seconds: float
     bytes: int
     batch_tokens: int  # in the end: less than was asked for where memory ran out
+    lost: list[str]  # a line for each process that died on one of several devices; its shards were done by another
     clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
@@ -50,19 +55,23 @@ def dump(
     out: Path,
     options: DumpOptions | None = None,
     device: str | None = None,
+    devices: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> DumpReport:
     """Run `teacher` (a folder or a name) over `corpus` and keep what `options.capture` asks for in the cache `out`.
 
     An interrupted dump goes on with the same call; another configuration in the same folder is refused. A finished
-    cache gets only the fields that it lacks.
+    cache gets only the fields that it lacks. With several `devices` ('cuda:0', 'cuda:1') each gets a process of its own
+    (a script that calls this needs `if __name__ == "__main__":`); this one only plans, on the CPU, and shares out.
     """
     started = time.monotonic()
     options = options or DumpOptions()
     out = Path(out)
     requests = parse_captures(options.capture)
     check_rows(corpus)
-    loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code)
+    if devices is not None and len(devices) == 1:
+        device, devices = devices[0], None
+    loaded = load_teacher(teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code)
     labels = encode_labels(corpus.examples, loaded.label_names)
     max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
     shortest = min(corpus.examples, key=lambda example: len(example.text))
@@ -79,18 +88,15 @@ def dump(
                 run = prepare(loaded.model, requests + earlier, probe)
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
-                tasks = (
-                    ShardTask(
-                        shard,
-                        rows := _rows_of(corpus, options, shard),
-                        labels[shard * options.shard_rows :][: len(rows)],
-                        absent,
+                tasks = _tasks(corpus, labels, options, missing)
+                if devices and missing:
+                    again = _Again(
+                        teacher, trust_remote_code, loaded.weights_hash, run.requests, shortest, options, max_length
                     )
-                    for shard, absent in missing.items()
-                )
-                budget = run_shards(
-                    _steps(loaded, run, max_length=max_length), build, tasks, overflow=options.overflow, update=update
-                )
+                    outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
+                else:
+                    steps = _steps(loaded, run, max_length=max_length)
+                    outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
     return DumpReport(
         cache=out,
@@ -100,13 +106,22 @@ def dump(
         fields=sorted(final.fields),
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
-        batch_tokens=budget,
+        batch_tokens=outcome.batch_tokens,
+        lost=outcome.lost,
         clipped=clipped_values(final),
     )
 
 
 def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
     return corpus.examples[shard * options.shard_rows : (shard + 1) * options.shard_rows]
+
+
+def _tasks(
+    corpus: Corpus, labels: list[int], options: DumpOptions, missing: dict[int, list[str]]
+) -> Iterator[ShardTask]:
+    for shard, absent in missing.items():
+        rows, start = _rows_of(corpus, options, shard), shard * options.shard_rows
+        yield ShardTask(shard, rows, labels[start : start + len(rows)], absent)
 
 
 def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int) -> Steps:
@@ -118,6 +133,29 @@ def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int) -> Steps:
         take=run.take,
         device=teacher.model.device,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """How the process of another device comes by the same steps: it loads the same teacher."""
+
+    teacher: str
+    trust_remote_code: bool
+    weights_hash: str
+    requests: list[Request]
+    probe: Example
+    options: DumpOptions
+    max_length: int
+
+    @contextmanager
+    def __call__(self, device: str) -> Iterator[Steps]:
+        loaded = load_teacher(self.teacher, device=device, trust_remote_code=self.trust_remote_code)
+        if loaded.weights_hash != self.weights_hash:
+            raise TeacherError(f"the teacher {self.teacher} was changed while the dump began: give the command again")
+        tokens = tokenize(loaded.tokenizer, [self.probe], max_length=self.max_length).examples
+        run = prepare(loaded.model, self.requests, _batch(loaded, tokens))
+        with _precision(loaded, self.options):
+            yield _steps(loaded, run, max_length=self.max_length)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:
