@@ -197,7 +197,7 @@ def _group_lives(group: int) -> bool:
         ("0", "this machine has"),
         ("999", "this machine has"),
         ("cuda:999", "there is no cuda:999; this machine has"),
-        ("cpu,meta", "'meta' is neither a GPU"),
+        ("cpu,meta", "'meta' is no device"),
     ],
 )
 def test_devices_that_are_not_there_are_told(text: str, told: str) -> None:
