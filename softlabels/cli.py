@@ -221,6 +221,10 @@ def dump_command(
             help="several GPUs, a process each: how many, or which; cpu,cpu for processes on the CPU",
         ),
     ] = None,
+    compile_teacher: Annotated[
+        bool,
+        typer.Option("--compile", help="the teacher through torch.compile; it costs a minute or more at the start"),
+    ] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
     text: Text = None,
     label: Label = None,
@@ -243,7 +247,8 @@ def dump_command(
     }
     options = build_options(
         DumpOptions,
-        {key: value for key, value in given.items() if value is not None} | {"text": not no_text},
+        {key: value for key, value in given.items() if value is not None}
+        | {"text": not no_text, "compile": compile_teacher},
         where="dump",
     )
     if devices is not None and cpu:

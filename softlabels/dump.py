@@ -8,10 +8,11 @@ goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def dump(
                     )
                     outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
                 else:
-                    steps = _steps(loaded, run, max_length=max_length)
+                    steps = _steps(loaded, run, options, max_length=max_length)
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
     return DumpReport(
@@ -124,15 +125,34 @@ def _tasks(
         yield ShardTask(shard, rows, labels[start : start + len(rows)], absent)
 
 
-def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int) -> Steps:
+def _steps(teacher: Teacher, run: TeacherRun, options: DumpOptions, *, max_length: int) -> Steps:
     """What the engine does with a shard: the task's part of it."""
     pad_token_id = _pad_id(teacher)  # asked for here: a thread of its own uses the tokenizer then
     return Steps(
         tokenize=lambda task: tokenize(teacher.tokenizer, task.examples, max_length=max_length, labels=task.labels),
         pad=lambda examples: pad_batch(examples, pad_token_id=pad_token_id),
-        take=run.take,
+        take=_compiled(run) if options.compile else run.take,
         device=teacher.model.device,
     )
+
+
+def _compiled(run: TeacherRun) -> Callable[[TokenBatch], dict[str, torch.Tensor]]:
+    """`run.take` through torch.compile, for any number of rows and tokens; TeacherError where it can't be compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    model: Any = torch.compile(run.model, dynamic=True)
+    compiled = replace(run, model=model)
+
+    def take(batch: TokenBatch) -> dict[str, torch.Tensor]:
+        try:
+            return compiled.take(batch)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TeacherError(
+                f"torch.compile cannot compile {type(run.model).__name__} here: leave out --compile. It said: {reason}"
+            ) from error
+
+    return take
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +175,7 @@ class _Again:
         tokens = tokenize(loaded.tokenizer, [self.probe], max_length=self.max_length).examples
         run = prepare(loaded.model, self.requests, _batch(loaded, tokens))
         with _precision(loaded, self.options):
-            yield _steps(loaded, run, max_length=self.max_length)
+            yield _steps(loaded, run, self.options, max_length=self.max_length)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:
