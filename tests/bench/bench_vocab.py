@@ -51,7 +51,8 @@ def train_tokenizer(texts: list[Path]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train(
-        [str(text) for text in texts], trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet)
+        [str(text) for text in texts],
+        trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False),
     )
     return tokenizer
 

@@ -101,7 +101,7 @@ def test_the_layout_is_pinned() -> None:
     assert plain["values"].tolist() == [[0.0, -1.5, -3.0]] and plain["level"].tolist() == [[2.5]]
 
 
-PINNED = "4020005d2eda30a09758fbd0ccfffff8095b3e4007c8"
+PINNED = "4020005d2eda30a09758fbd0ccffffff095b3e4007c8"
 
 
 # -------------------------------------------------------------------------------------------------- there and back
