@@ -246,11 +246,12 @@ def check_temperature(temperature: float) -> None:
 def tail_logsumexp_at(truncated: TruncatedLogits, temperature: float) -> Tensor:
     """(T,) f(β) = log Σ exp(β·z) over the tail at β = 1/τ; exact at the nodes, by Hermite interpolation between them.
 
-    Not of f in β but of f − β·(the top's smallest logit) in x = τ/(1 + τ): there the interval from τ = 0.5 to 1 is no
-    longer three times as wide as the next. The polynomial goes through values and slopes of the two nodes on either
-    side. Against the cubic in β through the nearest two, the largest error of the tail's mass over τ from 0.5 to 8 is
-    4 to 20 times smaller on normal, exponential and t-distributed logits. τ = ∞ is a node too, without its slope: f is
-    the log of the tail's count. ConfigError below τ = 0.5.
+    Not of f in β but of f − β·(the top's smallest logit) in x = τ/(1 + τ): there the interval from τ = 0.5 to 1 is not
+    far wider than the others. The polynomial goes through values and slopes of the two nodes on either side. Largest
+    error of the tail's mass over τ from 0.5 to 8 at k = 32, and in brackets that of the cubic in β through the nearest
+    two nodes: a small GPT-2-shaped model 6.4e-4 (2.9e-3), normal logits 1.5e-4 (2.7e-3), t-distributed ones 8.0e-4
+    (2.0e-3); each between the nodes 0.5, 1 and 2. τ = ∞ is a node too, without its slope: f is the log of the tail's
+    count. ConfigError below τ = 0.5.
     """
     check_temperature(temperature)
     if temperature in TEMPERATURES:
