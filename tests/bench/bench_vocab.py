@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from softlabels.cache.vocab_codec import Packing, from_plain, pack, packed_samples, plain_samples, to_plain, unpack
+from softlabels.cache.vocab_packed import Packing, pack, packed_samples, unpack
+from softlabels.cache.vocab_plain import from_plain, plain_samples, to_plain
 from softlabels.truncated import TruncatedLogits, tail_logsumexp_at, truncate
 
 CORPORA = Path(os.environ.get("SOFTLABELS_CORPORA", Path(__file__).parents[2] / ".." / "shared" / "corpora"))

@@ -12,17 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softlabels.cache.vocab_codec import (
-    PLAIN_TAIL_BYTES,
-    Packing,
-    from_plain,
-    pack,
-    packed_samples,
-    plain_samples,
-    to_plain,
-    unpack,
-    value_errors,
-)
+from softlabels.cache.vocab_packed import Packing, pack, packed_samples, unpack, value_errors
+from softlabels.cache.vocab_plain import TAIL_BYTES, from_plain, plain_samples, to_plain
 from softlabels.errors import CacheError, ConfigError
 from softlabels.truncated import TEMPERATURES, TruncatedLogits, tail_mass_at, truncate, use_fewer
 
@@ -65,7 +56,7 @@ def test_bytes_a_token(vocab_size: int) -> None:
     plain = to_plain(truncated(logits(2, vocab_size), 32, plain_samples(vocab_size)))
     widths = {name: array.dtype.itemsize * array.shape[1] for name, array in plain.items()}
     assert widths.pop("ids") == 32 * (2 if vocab_size <= 65_536 else 4) and widths.pop("values") == 64
-    assert sum(widths.values()) <= PLAIN_TAIL_BYTES
+    assert sum(widths.values()) <= TAIL_BYTES
     value_bits = 10 if vocab_size <= 131_072 else 9
     for k, room in [(32, 113), (96, 299)]:
         samples = packed_samples(vocab_size, k, room=room, value_bits=value_bits)

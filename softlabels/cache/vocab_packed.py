@@ -1,24 +1,11 @@
-"""How truncated logits lie on disk: `plain`, arrays that read as they are, and `packed`, half the bytes.
+"""Truncated logits `packed`: 111 bytes a token for the top 32 of 50,257, tail and a sampled token included.
 
-In: `TruncatedLogits` of T tokens. Out: plain, arrays (T, width) of narrow types by name; packed, one (T, bytes) uint8
-array. And back. A token's bytes depend on (V, k, samples) alone, so its place follows from its number.
+In: `TruncatedLogits` of T tokens. Out: one (T, bytes) uint8 array, and back. A token's bytes depend on (V, k, samples,
+value_bits) alone, `Packing`, so its place follows from its number. No Python runs per token.
 
-The tail is stored against the top: at each node the log-odds r = log(mass of the tail / mass of the top), and its slope
-in β = 1/τ, which is the tail's mean of z less the top's. The tail's mass is then right to what r is rounded by (float16
-rounding of r moves it by at most 1.1e-4), and no rounding of the top's values has a part in it. The reader adds the
-log-sum-exp and mean of the top's values as they were stored. Sample weights follow from the nodes and aren't stored.
+A token's bits, most significant first, with zeros up to a whole byte; r and f(β) as in vocab_tail.py and truncated.py:
 
-plain, a token:
-    ids             k × uint16 (V ≤ 65,536) or int32    highest logit first
-    values          k × float16     z − level: 0, then below. A softmax reads them as they are
-    level           1 × float32     the highest logit
-    tail            10 × float16    r at the five nodes, then its slopes
-    sampled_ids     s × uint16 or int32
-    sampled_values  s × float16     z − the smallest of the top's stored logits
-all but the first two are 24 bytes and 4 (or 6) a sample: 32 with `plain_samples(V)` of them.
-
-packed, a token, most significant bit first, with zeros up to a whole byte:
-    24   the highest logit, a float32 without its last byte (rounded: relative error 2⁻¹⁷)
+    24   the highest logit, a float32 without its last byte (rounded: relative error 2⁻¹⁶)
      8   b: the step of the values is 2^(b/8 − 20)
     65   r at the nodes, −30 to 15, in 8,192 cells equal in C(r) = 60·sigmoid(r) + 0.69·r: the tail's mass is within
          9e-5, and where it is near 0 or 1 r is still within 0.0081, for what lies between the nodes
@@ -38,95 +25,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from softlabels.cache.codec import id_type
+from softlabels.cache.vocab_tail import (
+    BETAS,
+    DAMAGED,
+    NODES,
+    against_top,
+    assemble,
+    check_ids,
+    check_samples,
+    refuse,
+    to_float16,
+    top_nodes,
+)
 from softlabels.errors import CacheError, ConfigError
-from softlabels.truncated import TEMPERATURES, TruncatedLogits, sample_weights
+from softlabels.truncated import TruncatedLogits
 
-NODES = len(TEMPERATURES)
-PLAIN_TAIL_BYTES = 32  # the most that a token's plain tail takes: all but ids and values
 VALUE_BITS = 10
 _ODDS_BITS, _SAMPLE_BITS = 13, 16
 _MEAN_BITS = (9, 9, 8, 5, 4)  # at each node: the wider the interval in β, the more a slope's error matters
 _ODDS = (-30.0, 15.0)  # the log-odds that are told apart
 _MEAN_CELLS = 2 ** torch.tensor(_MEAN_BITS)
-_BETAS = 1 / torch.tensor(TEMPERATURES, dtype=torch.float64)
-
-Arrays = Mapping[str, np.ndarray]
-
-
-# ---------------------------------------------------------------------------------------------------------- plain
-
-
-def plain_samples(vocab_size: int) -> int:
-    """How many sampled tail tokens `plain` has room for: 2 with 16-bit ids, 1 with 32-bit ones."""
-    return (PLAIN_TAIL_BYTES - 4 - 2 * 2 * NODES) // (id_type(vocab_size).itemsize + 2)
-
-
-def to_plain(truncated: TruncatedLogits) -> dict[str, np.ndarray]:
-    """The arrays of the table above. CacheError: values that float16 can't hold; ConfigError: see `_check_samples`."""
-    if truncated.samples > plain_samples(truncated.vocab_size):
-        raise ConfigError(
-            f"{truncated.samples} sampled tail tokens a position: plain has room for "
-            f"{plain_samples(truncated.vocab_size)} of a vocabulary of {truncated.vocab_size} in {PLAIN_TAIL_BYTES} B; "
-            f"take as many, or the packed codec"
-        )
-    _check_samples(truncated)
-    integer = id_type(truncated.vocab_size)
-    level = truncated.values[:, :1].float()
-    values = _float16(truncated.values.double() - level)  # (T, K)
-    stored = level.double() + torch.from_numpy(values).double().to(level.device)
-    return {
-        "ids": truncated.ids.cpu().numpy().astype(integer),
-        "values": values,
-        "level": level.cpu().numpy().astype("<f4"),
-        "tail": _float16(torch.cat([*_against_top(truncated)], dim=1)),
-        "sampled_ids": truncated.sampled_ids.cpu().numpy().astype(integer),
-        "sampled_values": _float16((truncated.sampled_values.double() - stored[:, -1:]).clamp(max=0)),
-    }
-
-
-def from_plain(arrays: Arrays, vocab_size: int, *, masked: int = 0) -> TruncatedLogits:
-    """What `to_plain` made. CacheError: arrays that it can't have made, ids beyond the vocabulary among them."""
-    ids, values, level = arrays["ids"].astype(np.int64), arrays["values"], arrays["level"]
-    tail, sampled_ids = arrays["tail"], arrays["sampled_ids"].astype(np.int64)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if (
-        len({len(array) for array in arrays.values()}) > 1
-        or ids.shape != values.shape
-        or sampled_ids.shape != arrays["sampled_values"].shape
-        or level.shape[1:] != (1,)
-        or tail.shape[1:] != (2 * NODES,)
-    ):
-        raise CacheError(f"plain vocabulary logits of shapes {shapes} don't fit together: {_DAMAGED}")
-    _refuse(~np.isfinite(np.hstack([tail, level])).all(axis=1), "a tail that is no number")
-    _refuse(values[:, 0] != 0, "a highest value that isn't 0")
-    _refuse(~(values[:, 1:] <= values[:, :-1]).all(axis=1), "values that aren't sorted")
-    _refuse(~np.isfinite(values[:, -1]), "infinite values")
-    _check_ids(np.sort(ids, axis=1), sampled_ids, ids, vocab_size)
-    gaps = torch.from_numpy(arrays["sampled_values"].astype(np.float64))
-    _refuse(~((gaps <= 0) & gaps.isfinite()).all(dim=1).numpy(), "sampled values above the top's")
-    absolute = torch.from_numpy(level.astype(np.float64)) + torch.from_numpy(values.astype(np.float64))
-    odds = torch.from_numpy(tail.astype(np.float64))
-    top_logsumexp, top_mean = _nodes(absolute)
-    return _assemble(
-        torch.from_numpy(ids),
-        absolute,
-        top_logsumexp + odds[:, :NODES],
-        top_mean + odds[:, NODES:],
-        torch.from_numpy(sampled_ids),
-        absolute[:, -1:] + gaps,
-        vocab_size=vocab_size,
-        masked=masked,
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- packed
 
 
 @dataclass(frozen=True)
@@ -187,10 +110,10 @@ def packed_samples(vocab_size: int, k: int, *, room: int, value_bits: int = VALU
 def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndarray:
     """(T, bytes) uint8, `Packing(V, k, samples, value_bits).bytes` wide.
 
-    CacheError: a range of values beyond any step (10⁶ or more). ConfigError: see `_check_samples`.
+    CacheError: a range of values beyond any step (10⁶ or more). ConfigError: see `check_samples`.
     """
     packing = Packing(truncated.vocab_size, truncated.k, truncated.samples, value_bits)
-    _check_samples(truncated)
+    check_samples(truncated)
     order = truncated.ids.argsort(dim=1)
     ids = truncated.ids.gather(1, order).cpu().numpy()  # (T, K), increasing
     values = truncated.values.double()
@@ -201,9 +124,9 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
     codes = np.minimum(np.rint(gaps / steps[:, None]), (1 << value_bits) - 1).astype(np.int64)
     stored = torch.from_numpy(_levels(level)[:, None] - steps[:, None] * np.sort(codes, axis=1))  # as unpack has it
 
-    odds, slopes = (part.cpu() for part in _against_top(truncated))
+    odds, slopes = (part.cpu() for part in against_top(truncated))
     odds_codes = _odds_codes(odds)
-    top_logsumexp, top_mean = _nodes(stored)
+    top_logsumexp, top_mean = top_nodes(stored)
     below, above = _chords(top_logsumexp + _odds(odds_codes), stored[:, -1], truncated.tail_count)
     within = (top_mean + slopes - below) / (above - below).clamp(min=1e-12)
     mean_codes = (within.clamp(0, 1) * _MEAN_CELLS).long().clamp(max=_MEAN_CELLS - 1).numpy()
@@ -221,7 +144,7 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
             "low": ids & ((1 << packing.low_bits) - 1),
             "codes": codes,
             "sampled_ids": truncated.sampled_ids.cpu().numpy(),
-            "sampled_values": _float16(sampled).view(np.uint16).astype(np.int64),
+            "sampled_values": to_float16(sampled).view(np.uint16).astype(np.int64),
         },
     )
 
@@ -230,25 +153,25 @@ def unpack(packed: np.ndarray, packing: Packing, *, masked: int = 0) -> Truncate
     """What `pack` made, (T, bytes) uint8. CacheError: bytes that it can't have made; ids are always in range."""
     parts = _from_bytes(packing, packed)
     level, high = parts["level"][:, 0], parts["high"]
-    _refuse(~np.isfinite(_levels(level)), "a highest logit that is no number")
-    _refuse(high.sum(axis=1) != packing.k, f"a set that isn't of {packing.k} ids")
+    refuse(~np.isfinite(_levels(level)), "a highest logit that is no number")
+    refuse(high.sum(axis=1) != packing.k, f"a set that isn't of {packing.k} ids")
     upper = np.nonzero(high)[1].reshape(len(high), packing.k) - np.arange(packing.k)
     ids = (upper << packing.low_bits) | parts["low"]
-    _check_ids(ids, parts["sampled_ids"], ids, packing.vocab_size)
+    check_ids(ids, parts["sampled_ids"], ids, packing.vocab_size)
     codes = parts["codes"]
-    _refuse(codes.min(axis=1) != 0, "no highest value")
+    refuse(codes.min(axis=1) != 0, "no highest value")
     order = codes.astype(np.uint16).argsort(axis=1, kind="stable")  # equal ones by id; 16 bits sort by radix
     codes, ids = np.take_along_axis(codes, order, axis=1), np.take_along_axis(ids, order, axis=1)
     values = torch.from_numpy(_levels(level)[:, None] - _steps(parts["step"][:, 0])[:, None] * codes)
 
-    top_logsumexp, _ = _nodes(values)
+    top_logsumexp, _ = top_nodes(values)
     logsumexp = top_logsumexp + _odds(torch.from_numpy(parts["odds"]))
     below, above = _chords(logsumexp, values[:, -1], packing.vocab_size - packing.k - masked)
     mean_codes = np.hstack([parts[f"mean{node}"] for node in range(NODES)])
     within = (torch.from_numpy(mean_codes) + 0.5) / _MEAN_CELLS
     gaps = parts["sampled_values"].astype(np.uint16).view(np.float16)
-    _refuse(~((gaps >= 0) & np.isfinite(gaps)).all(axis=1), "sampled values above the top's")
-    return _assemble(
+    refuse(~((gaps >= 0) & np.isfinite(gaps)).all(axis=1), "sampled values above the top's")
+    return assemble(
         torch.from_numpy(ids),
         values,
         logsumexp,
@@ -282,7 +205,7 @@ def _from_bytes(packing: Packing, packed: np.ndarray) -> dict[str, np.ndarray]:
     if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != packing.bytes:
         raise CacheError(
             f"packed vocabulary logits are {packed.shape} {packed.dtype}; {packing} has {packing.bytes} bytes a token: "
-            f"{_DAMAGED}"
+            f"{DAMAGED}"
         )
     padded = np.pad(packed, ((0, 0), (0, 3))).astype(np.uint32)
     words = padded[:, :-3] << 24 | padded[:, 1:-2] << 16 | padded[:, 2:-1] << 8 | padded[:, 3:]  # from every byte on
@@ -293,81 +216,11 @@ def _from_bytes(packing: Packing, packed: np.ndarray) -> dict[str, np.ndarray]:
         parts[name] = ((words[:, places // 8] >> shifts) & np.uint32((1 << width) - 1)).astype(np.int64)
         start += count * width
     unused = packed[:, -1] & ((1 << (-start % 8)) - 1)
-    _refuse(unused != 0, "something in its padding")
+    refuse(unused != 0, "something in its padding")
     return parts
 
 
 # ---------------------------------------------------------------------------------------------------------- parts
-
-
-_DAMAGED = "the cache is damaged or was changed; `softlabels verify` tells which shard"
-
-
-def _refuse(bad: Any, what: str) -> None:
-    """CacheError for the first token of `bad` (T,)."""
-    if bad.any():
-        raise CacheError(f"vocabulary logits of token {int(np.argmax(bad))} of those read have {what}: {_DAMAGED}")
-
-
-def _check_ids(increasing: np.ndarray, sampled: np.ndarray, ids: np.ndarray, vocab_size: int) -> None:
-    """CacheError for ids out of range or twice in the top, and for sampled ones out of range or in the top."""
-    _refuse((increasing[:, 0] < 0) | (increasing[:, -1] >= vocab_size), f"ids beyond {vocab_size}")
-    _refuse((increasing[:, 1:] <= increasing[:, :-1]).any(axis=1), "ids that come twice")
-    if sampled.shape[1]:
-        _refuse(((sampled < 0) | (sampled >= vocab_size)).any(axis=1), f"sampled ids beyond {vocab_size}")
-        _refuse((sampled[:, :, None] == ids[:, None, :]).any(axis=(1, 2)), "a sampled id that is in its top")
-
-
-def _check_samples(truncated: TruncatedLogits) -> None:
-    """ConfigError unless the samples' weights are those that the reader will compute."""
-    known = sample_weights(truncated.sampled_values, truncated.tail_logsumexp)
-    if not torch.allclose(known, truncated.sampled_weights, rtol=1e-2, atol=0):
-        raise ConfigError(
-            "sampled tail tokens whose weights aren't as drawn: encode logits as `truncate` gives them, and let "
-            "the reader `use_fewer`"
-        )
-
-
-def _assemble(ids, values, logsumexp, mean, sampled_ids, sampled_values, *, vocab_size, masked) -> TruncatedLogits:
-    """float32 tensors from float64 ones, and the samples' weights."""
-    if not 0 <= masked < vocab_size - ids.shape[1]:
-        raise CacheError(f"{masked} padded columns of {vocab_size} leave no tail to a top {ids.shape[1]}: {_DAMAGED}")
-    return TruncatedLogits(
-        ids=ids,
-        values=values.float(),
-        tail_logsumexp=logsumexp.float(),
-        tail_mean=mean.float(),
-        sampled_ids=sampled_ids,
-        sampled_values=sampled_values.float(),
-        sampled_weights=sample_weights(sampled_values, logsumexp).float(),
-        vocab_size=vocab_size,
-        masked=masked,
-    )
-
-
-def _nodes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, N) log-sum-exp of z/τ, and mean of z, of the top `values` (T, K), highest first, float64."""
-    below = values - values[:, :1]
-    weights = (below[:, None, :] * _BETAS.to(values.device)[:, None]).exp()  # (T, N, K)
-    total = weights.sum(dim=2)
-    mean = (weights * below[:, None, :]).sum(dim=2) / total
-    return total.log() + values[:, :1] * _BETAS.to(values.device), mean + values[:, :1]
-
-
-def _against_top(truncated: TruncatedLogits) -> tuple[Tensor, Tensor]:
-    """(T, N) log-odds of the tail's mass against the top's, and their slopes in β, float64."""
-    logsumexp, mean = _nodes(truncated.values.double())
-    return truncated.tail_logsumexp.double() - logsumexp, truncated.tail_mean.double() - mean
-
-
-def _float16(numbers: Tensor) -> np.ndarray:
-    stored = numbers.cpu().numpy()
-    if stored.size and not np.abs(stored).max() <= np.finfo(np.float16).max:
-        raise CacheError(
-            f"vocabulary logits that lie {np.abs(stored).max():.6g} apart: float16 holds 65,504. Nothing was stored; "
-            f"mend the teacher, or keep 'vocab:exact'"
-        )
-    return stored.astype("<f2")
 
 
 def _cells(odds: Tensor) -> Tensor:
@@ -404,7 +257,7 @@ def _chords(logsumexp: Tensor, smallest: Tensor, count: int) -> tuple[Tensor, Te
     """
     start = torch.full_like(logsumexp[:, :1], float(np.log(count)))
     points = torch.cat([logsumexp, start], dim=1)  # at the nodes, then at β = 0
-    betas = torch.cat([_BETAS, torch.zeros(1, dtype=torch.float64)])
+    betas = torch.cat([BETAS, torch.zeros(1, dtype=torch.float64)])
     chords = (points[:, :-1] - points[:, 1:]) / (betas[:-1] - betas[1:])  # (T, N), from each node to the next hotter
     above = torch.cat([torch.maximum(smallest[:, None], chords[:, :1]), chords[:, :-1]], dim=1)
     return chords, torch.maximum(above, chords)
