@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -78,8 +79,10 @@ def run_shards(
     room = _ROOM.get(steps.device.type, 1)
     carrier = Carrier(steps.device, build.manifest.fields, slots=room + 1)
     made = ((task, steps.tokenize(task)) for task in tasks)
+    gpu = torch.cuda.device(steps.device) if steps.device.type == "cuda" else nullcontext()  # pinned memory is its
     try:
         with (
+            gpu,
             Behind(lambda told: told.tell(update, committed), room=room, name="softlabels-write") as behind,
             Ahead(made, name="softlabels-tokenize", idle=behind.listen, stop=stop) as tokenized,
         ):
