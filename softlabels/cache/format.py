@@ -61,7 +61,8 @@ layer i. `type` in the manifest says what T is and what a stored value means:
 **Vocabulary-sized logits** are target fields, with `form` in the manifest as the capture was asked for. `exact`:
 `vocab_states`, by which logits = states · weightᵀ + bias, or c · tanh of that / c where there is a softcap c. `topk=…`:
 `vocab_ids`, `vocab_values`, `vocab_level`, `vocab_tail`, `vocab_sampled_ids`, `vocab_sampled_values`, the last two only
-with samples; `packed`: `vocab_packed`. Both are laid out as the docstring of `softlabels/cache/vocab_codec.py` says.
+with samples; `packed`: `vocab_packed`, with 10 bits a value. They are laid out as the docstrings of vocab_tail.py,
+vocab_plain.py and vocab_packed.py, beside this file, say.
 
 `logits` are never int8. Where a type was too narrow for values and the user had these clipped, `clipped` in the
 receipt counts them, and the manifest's shard table has their sum.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from softlabels.cache.head import OutputHead, load_head
-from softlabels.cache.vocab_codec import Packing, from_plain, unpack
+from softlabels.cache.vocab_packed import Packing, unpack
+from softlabels.cache.vocab_plain import from_plain
 from softlabels.errors import CacheError, ConfigError
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import Signals

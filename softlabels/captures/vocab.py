@@ -17,7 +17,8 @@ from torch import Tensor
 
 from softlabels.cache.format import FieldSpec
 from softlabels.cache.vocab import PACKED, STATES, parse_form
-from softlabels.cache.vocab_codec import pack, to_plain
+from softlabels.cache.vocab_packed import pack
+from softlabels.cache.vocab_plain import to_plain
 from softlabels.captures.forward import Forward, Request
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.truncated import truncate

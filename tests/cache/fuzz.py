@@ -31,7 +31,8 @@ from softlabels.cache.reader import Cache, open_cache
 from softlabels.cache.settings import folder_receipt
 from softlabels.cache.verify import verify_cache
 from softlabels.cache.vocab import PACKED, STATES, open_vocab
-from softlabels.cache.vocab_codec import pack, to_plain
+from softlabels.cache.vocab_packed import pack
+from softlabels.cache.vocab_plain import to_plain
 from softlabels.errors import CacheError
 from softlabels.progress import quiet
 from softlabels.truncated import TruncatedLogits, truncate

@@ -29,6 +29,8 @@ def reference(name: str, student: torch.Tensor, teacher: torch.Tensor, labels: l
         p, q = softmax(zt, temperature), softmax(zs, temperature)
         if name == "kl":
             total += temperature**2 * sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+        elif name == "reverse_kl":
+            total += temperature**2 * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
         elif name == "soft_cross_entropy":
             total += -sum(a * math.log(b) for a, b in zip(p, q, strict=True))
         elif name == "mse_logits":
