@@ -8,6 +8,7 @@ the optimiser, the schedule and the random numbers (Accelerate's `save_state`), 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,12 +88,25 @@ def _refuse_differences(out: Path, configuration: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def _quiet_accelerate() -> Iterator[None]:
+    """Without its warning that tied weights are saved once, which is as it should be."""
+    logger = logging.getLogger("accelerate.utils.other")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerator, state: Progress) -> None:
     """Replace the checkpoint of `out` by the state after `state.epoch`."""
     draft, place, old = _paths(out)
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        accelerator.save_state(str(draft))
+        with _quiet_accelerate():
+            accelerator.save_state(str(draft))
         if state.best_epoch == state.epoch:
             weights = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
             save_file(weights, draft / "best.safetensors")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM, GPT2LMHeadModel
 
+from softlabels import train
 from softlabels.cache import Cache, open_cache
 from softlabels.cache.head import HEAD
 from softlabels.cache.verify import verify_cache
@@ -278,3 +279,28 @@ def test_perplexity_and_distance_to_the_teacher(teacher: Path, tmp_path: Path, c
         strange = [Example(f"x{i}", text) for i, (text, _) in enumerate(TEXTS[:2])]
         corpus = Corpus(source="made", split=None, examples=strange, label_names=None)
         evaluate_language_model(tmp_path / "run", corpus, cache=cache)
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output head shares its weights with the embedding, in checkpoints too."""
+    cache = dumped(tmp_path / "cache", teacher, FORMS[1])
+    options = StudentOptions(student="transformer", losses={"kl": 1.0}, epochs=3, options={"layers": 1}, batch_size=4)
+    train_student(cache, out=tmp_path / "whole", options=options, cpu=True)
+    real = train._train_epoch
+
+    def interrupted(*arguments: Any, **named: Any) -> float:
+        if named["state"].epoch == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(train, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(cache, out=tmp_path / "cut", options=options, cpu=True)
+    monkeypatch.setattr(train, "_train_epoch", real)
+    train_student(cache, out=tmp_path / "cut", options=options, resume=True, cpu=True)
+    one, other = (load_run(tmp_path / name).student for name in ("whole", "cut"))
+    assert isinstance(one, torch.nn.Module) and isinstance(other, torch.nn.Module)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key

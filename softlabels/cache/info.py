@@ -26,6 +26,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "corpus": manifest.corpus.source + (f":{manifest.corpus.split}" if manifest.corpus.split else ""),
         "texts": manifest.dump.text,
         "teacher": manifest.teacher.name,
+        "task": manifest.teacher.task,
         "classes": manifest.teacher.label_names,
         "max_length": manifest.dump.max_length,
         "fields": fields,
