@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C while it imports numpy itself
 import torch
 
 from softlabels.cache.build import build_cache, check_rows, plan_manifest, teacher_card
