@@ -137,11 +137,14 @@ def _check_captures(task: Task, requests: Sequence[Request]) -> None:
     if all(request.capture != "logits" for request in requests):
         return
     if task == "sentence-embedding":
-        raise ConfigError("--capture logits: an embedding model gives none; capture pooled, or hidden:LAYERS@mean")
+        raise ConfigError(
+            "--capture logits: this teacher has no trained classification head: fine-tune it with softlabels "
+            "train-teacher, and dump the folder that it writes; or capture pooled, or hidden:LAYERS@mean"
+        )
     if task in LANGUAGE_MODELS:
         raise ConfigError(
             f"--capture logits: a {task} gives as many as its vocabulary has tokens: capture vocab:topk=64 or "
-            f"vocab:exact"
+            f"vocab:exact; or fine-tune it into a classifier with softlabels train-teacher"
         )
 
 

@@ -336,7 +336,7 @@ def _check_task(cache: Cache, options: StudentOptions, validation: Corpus | None
     if task not in ("sequence-classification", *LANGUAGE_MODELS):
         raise ConfigError(
             f"train-student learns from classifiers of texts and from language models so far; the teacher of this "
-            f"cache is for {task}"
+            f"cache is for {task}. Was it fine-tuned with softlabels train-teacher?"
         )
     if task in LANGUAGE_MODELS and options.student != "transformer":
         raise ConfigError(f"student '{options.student}' can't be a {task}: give --student transformer")

@@ -399,7 +399,8 @@ def test_a_teacher_with_nan_logits_is_told_with_its_rows(place: Path, here: Path
 def test_what_is_no_teacher(place: Path, here: Path, refuse: Any) -> None:
     train = ["dump", place / "train.csv", "--out", "cache"]
     refuse(*train, "--teacher", "nowhere/at-all", told="nowhere/at-all")
-    refuse(*train, "--teacher", place / "base", told="no trained classification head")
+    refuse(*train, "--teacher", place / "base", "--capture", "logits", told="no trained classification head")
+    refuse(*train, "--teacher", place / "base", "--task", "sequence-classification", told="softlabels train-teacher")
     refuse(*train, "--teacher", place / "teacher" / "config.json", told="is a file: give the folder")
     refuse(*train, "--teacher", place / "cache", told="cache")
     refuse(*train, "--teacher", place / "teacher", "--capture", "hidden:9", told="it has 0 to 2")

@@ -29,6 +29,8 @@ def reference(name: str, student: Signals, teacher: Signals, temperature: float)
         p, q = (torch.softmax(z / temperature, 0) for z in (zt, zs))
         if name == "kl":
             total += temperature**2 * float((p * (p.log() - q.log())).sum())
+        elif name == "reverse_kl":
+            total += temperature**2 * float((q * (q.log() - p.log())).sum())
         elif name == "mse_logits":
             total += float(((zt - zs) ** 2).sum())
         elif name == "soft_cross_entropy":
@@ -41,7 +43,7 @@ def reference(name: str, student: Signals, teacher: Signals, temperature: float)
 @pytest.mark.parametrize("temperature", ["1", "3"])
 def test_the_weighted_sum_and_its_parts(temperature: str) -> None:
     student, teacher = signals(0), signals(1)
-    weights = {"kl": 0.7, "mse_logits": 0.01, "soft_cross_entropy": 2.0, "ce": 0.3}
+    weights = {"kl": 0.7, "reverse_kl": 0.4, "mse_logits": 0.01, "soft_cross_entropy": 2.0, "ce": 0.3}
     assert set(weights) == set(LOSSES)
     total, parts = build_objective(weights, temperature)(student, teacher, progress=0.5)
     for name, part in parts.items():

@@ -227,7 +227,7 @@ def test_sentence_embeddings(tmp_path: Path) -> None:
     with torch.no_grad():
         live = load_teacher(str(teacher)).model(**batch.tokens.model_inputs()).last_hidden_state[:, 0]
     assert torch.allclose(batch.teacher.get("hidden.02@cls"), live, atol=1e-5)
-    with pytest.raises(ConfigError, match="an embedding model gives none; capture pooled"):
+    with pytest.raises(ConfigError, match="train-teacher, and dump the folder that it writes; or capture pooled"):
         dumped(tmp_path / "other", teacher, corpus, capture=["logits"])
 
 

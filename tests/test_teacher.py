@@ -106,22 +106,21 @@ def test_dtype(tmp_path):
 
 def test_a_model_without_a_trained_head_is_refused(base):
     with pytest.raises(TeacherError, match=r"no trained classification head.*softlabels train-teacher"):
-        load_teacher(str(base))
+        load_teacher(str(base), task="sequence-classification")
 
 
 def test_a_language_model_has_no_classification_head(tmp_path):
     tokenizer = tiny_tokenizer()
     model = BertForMaskedLM(tiny_classifier(tokenizer).config)
     with pytest.raises(TeacherError, match="no trained classification head"):
-        load_teacher(str(save_model(tmp_path, model, tokenizer)))
+        load_teacher(str(save_model(tmp_path, model, tokenizer)), task="sequence-classification")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem_type": "regression"}, "is regression: only single-label"),
-        ({"problem_type": "multi_label_classification"}, "is multi_label_classification"),
-        ({"id2label": {"0": "x"}, "label2id": {"x": 0}}, "a model with 1 output"),
+        ({"id2label": {"0": "x"}, "label2id": {"x": 0}}, "does not load for regression"),
+        ({"id2label": {"0": "x"}, "problem_type": "single_label_classification"}, "has 1 output, too few"),
         ({"id2label": {"0": "x", "1": "x", "2": "y"}}, "a name of its own"),
         ({"id2label": {"0": "x", "2": "y", "7": "z"}}, "a name of its own"),
         ({"model_type": "nothing_known"}, "is no model's configuration"),
