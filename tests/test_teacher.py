@@ -120,7 +120,7 @@ def test_a_language_model_has_no_classification_head(tmp_path):
     ("changes", "message"),
     [
         ({"id2label": {"0": "x"}, "label2id": {"x": 0}}, "does not load for regression"),
-        ({"id2label": {"0": "x"}, "problem_type": "single_label_classification"}, "has 1 output, too few"),
+        ({"id2label": {"0": "x"}, "problem_type": "single_label_classification"}, "is no model.s configuration"),
         ({"id2label": {"0": "x", "1": "x", "2": "y"}}, "a name of its own"),
         ({"id2label": {"0": "x", "2": "y", "7": "z"}}, "a name of its own"),
         ({"model_type": "nothing_known"}, "is no model's configuration"),
