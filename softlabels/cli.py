@@ -361,7 +361,7 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
-    "softlabels verify cache --repair"
+    "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200"
 )
 def verify(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
@@ -375,9 +375,44 @@ def verify(
             "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
         ),
     ] = False,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            help="instead: run the cache's teacher (a folder or a Hugging Face name) again on some rows, in other "
+            "batches than the dump's, and hold every field against it",
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="of --live: so many random rows; by default 200")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of --live: another one draws other rows")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
+    cpu: Cpu = False,
 ) -> None:
-    """Whether a cache is whole: checksums, structure, and that all belongs together. Exit code 0 only if it is."""
+    """Whether a cache is whole: checksums, structure, and that all belongs together. Exit code 0 only if it is.
+
+    With --live: whether it says what its teacher says. The teacher runs twice over the rows, in two batchings, and what
+    lies between the two is the noise. A field is within its bounds where no value is farther from the live one than
+    what the field's codec rounds it by, 4 times the largest noise, and 2^-17 of the largest value. Exit code 1 where a
+    field is not. Files are only checked as far as these rows need them: verify without --live reads them all.
+    """
+    if live is not None:
+        if repair:
+            raise ConfigError("--live changes nothing: give --repair to a verify without it")
+        _verify_live(
+            cache,
+            live,
+            rows=200 if rows is None else rows,
+            seed=seed or 0,
+            fields=field or None,
+            trust_remote_code=trust_remote_code,
+            cpu=cpu,
+            as_json=as_json,
+        )
+        return
+    for option, given in (("--rows", rows), ("--seed", seed)):
+        if given is not None:
+            raise ConfigError(f"{option} is for verify --live TEACHER: without it, every row is looked at")
     from softlabels.cache.verify import verify_cache
 
     verdict = verify_cache(cache, fields=field or None, repair=repair)
@@ -387,6 +422,58 @@ def verify(
         typer.echo(_verdict(verdict))
     if not verdict.whole:
         raise typer.Exit(2)
+
+
+def _verify_live(
+    cache: Path,
+    teacher: str,
+    *,
+    rows: int,
+    seed: int,
+    fields: list[str] | None,
+    trust_remote_code: bool,
+    cpu: bool,
+    as_json: bool,
+) -> None:
+    from softlabels.fidelity import verify_live
+
+    found = verify_live(
+        cache,
+        teacher=teacher,
+        rows=rows,
+        seed=seed,
+        fields=fields,
+        device="cpu" if cpu else None,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _print_json({**asdict(found), "within": found.within})
+    else:
+        typer.echo(_fidelity_table(found))
+    if not found.within:
+        raise typer.Exit(1)
+
+
+def _fidelity_table(found) -> str:
+    head = ["field", "stored as", "typical", "off at most", "mean", "noise at most", "beyond codec", "allowed", ""]
+    rows = [
+        [
+            part.field if part.what == "values" else f"{part.field}: {part.what}",
+            part.type,
+            *(f"{getattr(part, name):.2g}" for name in ("typical", "largest", "mean", "noise_largest")),
+            f"{part.beyond_codec:.2g}",
+            f"{part.allowed:.2g}",
+            ("ok" if part.within else f"NOT: {part.worst_row}") if part.values else "none seen",
+        ]
+        for part in found.fields
+    ]
+    wrong = sorted({part.field for part in found.fields if not part.within})
+    verdict = (
+        "every field is what its teacher says, within its codec and the noise"
+        if found.within
+        else f"NOT what the teacher says: {', '.join(wrong)}. Dump these again, into another folder"
+    )
+    return f"{_columns(head, rows)}\n\n{found.rows:,} rows, {found.tokens:,} tokens, {found.seconds:.1f} s: {verdict}"
 
 
 def _verdict(verdict) -> str:
@@ -758,7 +845,8 @@ def _cost_line(result) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code.
 
-    0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself.
+    0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself, or a cache that is not what its
+    teacher says (verify --live).
     """
     # torch's threads wait for each other by spinning, which on a machine that does anything else beside is ten times
     # slower than sleeping; on an idle one it gains little. Read when torch is loaded; the user's own setting wins.

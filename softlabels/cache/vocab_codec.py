@@ -82,7 +82,7 @@ def to_plain(truncated: TruncatedLogits) -> dict[str, np.ndarray]:
         "ids": truncated.ids.cpu().numpy().astype(integer),
         "values": values,
         "level": level.cpu().numpy().astype("<f4"),
-        "tail": _float16(torch.cat([*_against_top(truncated)], dim=1)),
+        "tail": _float16(torch.cat([*against_top(truncated)], dim=1)),
         "sampled_ids": truncated.sampled_ids.cpu().numpy().astype(integer),
         "sampled_values": _float16((truncated.sampled_values.double() - stored[:, -1:]).clamp(max=0)),
     }
@@ -198,7 +198,7 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
     codes = np.minimum(np.rint(gaps / steps[:, None]), (1 << value_bits) - 1).astype(np.int64)
     stored = torch.from_numpy(_levels(level)[:, None] - steps[:, None] * np.sort(codes, axis=1))  # as unpack has it
 
-    odds, slopes = (part.cpu() for part in _against_top(truncated))
+    odds, slopes = (part.cpu() for part in against_top(truncated))
     odds_codes = _odds_codes(odds)
     top_logsumexp, top_mean = _nodes(stored)
     below, above = _chords(top_logsumexp + _odds(odds_codes), stored[:, -1], truncated.tail_count)
@@ -293,6 +293,71 @@ def _from_bytes(packing: Packing, packed: np.ndarray) -> dict[str, np.ndarray]:
     return parts
 
 
+# ------------------------------------------------------------------------------------------------------- rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """The most by which a codec may have moved what it keeps of each token, float64."""
+
+    values: Tensor  # (T, K)
+    odds: Tensor  # (T, N), of `against_top`
+    slopes: Tensor  # (T, N)
+    samples: Tensor  # (T, S), values of sampled tokens
+    odds_range: tuple[float, float] = (-float("inf"), float("inf"))  # log-odds beyond are kept as its ends
+
+
+def plain_rounding(read: TruncatedLogits) -> Rounding:
+    """Of `read`, as `from_plain` gave it."""
+    odds, slopes = against_top(read)
+    exact = _read_rounding(read)
+    values = _half_step(read.values.double() - read.values[:, :1].double()) + exact
+    return Rounding(
+        values=values,
+        odds=_half_step(odds) + exact / TEMPERATURES[0],
+        slopes=_half_step(slopes) + 2 * exact,
+        samples=_half_step(read.sampled_values.double() - read.values[:, -1:].double()) + values[:, -1:] + exact,
+    )
+
+
+def packed_rounding(read: TruncatedLogits, packed: np.ndarray, packing: Packing) -> Rounding:
+    """Of `read`, as `unpack` gave it from `packed`.
+
+    A mean is kept in a cell between chords that move with the log-odds and with the top's rounding.
+    """
+    odds, _ = against_top(read)
+    exact, level = _read_rounding(read), read.values[:, :1].double()
+    step = torch.from_numpy(value_errors(packed, packing))[:, None]  # (T, 1)
+    values = (step + level.abs() * 2.0**-16 + exact).expand(read.values.shape)
+    off = values[:, :1]
+    below, above = _chords(read.tail_logsumexp.double(), read.values[:, -1].double(), read.tail_count)
+    betas = torch.cat([_BETAS, torch.zeros(1, dtype=torch.float64)])
+    shift = (2 * _ODDS_OFF + 3 * off) / (betas[:-1] - betas[1:])
+    top = off * (1 + _BETAS * (level - read.values[:, -1:].double()))  # by which the top's own mean may have moved
+    slopes = (above - below) / (2 << _MEAN_BITS) + shift + top
+    lost = ((odds < _ODDS[0] + 2 * _ODDS_OFF) | (odds > _ODDS[1] - 2 * _ODDS_OFF)).any(dim=1, keepdim=True)
+    return Rounding(
+        values=values,
+        odds=_ODDS_OFF + exact / TEMPERATURES[0],
+        slopes=slopes.masked_fill(lost, float("inf")),
+        samples=_half_step(read.sampled_values.double() - read.values[:, -1:].double()) + off + exact,
+        odds_range=_ODDS,
+    )
+
+
+_ODDS_OFF = 0.0081  # of packed log-odds: half of the widest cell
+
+
+def _half_step(numbers: Tensor) -> Tensor:
+    """By how much float16 moves `numbers`, given as it left them."""
+    return numbers.abs() * (2.0**-11 * 1.001) + 2.0**-25
+
+
+def _read_rounding(read: TruncatedLogits) -> Tensor:
+    """(T, 1): what is read is float32, a rounding of its own."""
+    return read.values.double().abs().amax(dim=1, keepdim=True) * 2.0**-21
+
+
 # ---------------------------------------------------------------------------------------------------------- parts
 
 
@@ -350,7 +415,7 @@ def _nodes(values: Tensor) -> tuple[Tensor, Tensor]:
     return total.log() + values[:, :1] * _BETAS.to(values.device), mean + values[:, :1]
 
 
-def _against_top(truncated: TruncatedLogits) -> tuple[Tensor, Tensor]:
+def against_top(truncated: TruncatedLogits) -> tuple[Tensor, Tensor]:
     """(T, N) log-odds of the tail's mass against the top's, and their slopes in β, float64."""
     logsumexp, mean = _nodes(truncated.values.double())
     return truncated.tail_logsumexp.double() - logsumexp, truncated.tail_mean.double() - mean
