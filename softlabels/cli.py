@@ -228,6 +228,17 @@ def dump_command(
     overflow: Annotated[
         str | None, typer.Option(help="values that the codec cannot hold: refuse (default), or clip and count them")
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|cuda:0,cuda:1",
+            help="several GPUs, a process each: how many, or which; cpu,cpu for processes on the CPU",
+        ),
+    ] = None,
+    compile_teacher: Annotated[
+        bool,
+        typer.Option("--compile", help="the teacher through torch.compile; it costs a minute or more at the start"),
+    ] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
     text: Text = None,
     label: Label = None,
@@ -253,13 +264,18 @@ def dump_command(
     }
     options = build_options(
         DumpOptions,
-        {key: value for key, value in given.items() if value is not None} | {"text": not no_text},
+        {key: value for key, value in given.items() if value is not None}
+        | {"text": not no_text, "compile": compile_teacher},
         where="dump",
     )
+    if devices is not None and cpu:
+        raise ConfigError("dump takes --cpu or --devices, not both: --devices cpu,cpu is two processes on the CPU")
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
+    from softlabels.engines.devices import parse_devices
     from softlabels.teacher import teacher_task
 
+    chosen = None if devices is None else parse_devices(devices)
     found = teacher_task(teacher, task, trust_remote_code=trust_remote_code)
     data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=found)
     report = dump(
@@ -268,8 +284,11 @@ def dump_command(
         out=out,
         options=options,
         device="cpu" if cpu else None,
+        devices=chosen,
         trust_remote_code=trust_remote_code,
     )
+    for line in report.lost:
+        _say(f"{line}; another did its work")
     if report.truncated:
         _say(f"{report.truncated} of {report.rows} texts were longer than the teacher takes and were cut")
     if report.batch_tokens < options.batch_tokens:
@@ -719,7 +738,7 @@ def _facts(facts: dict[str, Any]) -> str:
     return "\n".join(
         f"{name.replace('_', ' '):{width}}  {_value(name, value)}"
         for name, value in facts.items()
-        if value not in (None, {})
+        if value not in (None, {}, [])
     )
 
 

@@ -186,6 +186,7 @@ class DumpOptions(Strict):
     overflow: Literal["refuse", "clip"] = "refuse"  # of values beyond the codec's largest, ±65,504 for float16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the teacher computes in it
     text: bool = True  # keep the raw texts in the cache
+    compile: bool = False  # the teacher through torch.compile: a minute or more before the first batch
 
 
 class ImportOptions(Strict):

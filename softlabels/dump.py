@@ -8,9 +8,11 @@ goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from softlabels.captures.forward import Request
 from softlabels.captures.output_head import OutputHead, keep_head
 from softlabels.config import DumpOptions, Masking
 from softlabels.corpus import Corpus
+from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import progress
@@ -51,6 +54,7 @@ class DumpReport:
     seconds: float
     bytes: int
     batch_tokens: int  # in the end: less than was asked for where memory ran out
+    lost: list[str]  # a line for each process that died on one of several devices; its shards were done by another
     clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
@@ -61,28 +65,35 @@ def dump(
     out: Path,
     options: DumpOptions | None = None,
     device: str | None = None,
+    devices: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> DumpReport:
     """Run `teacher` (a folder or a name) over `corpus` and keep what `options.capture` asks for in the cache `out`.
 
     An interrupted dump goes on with the same call; another configuration in the same folder is refused. A finished
-    cache gets only the fields that it lacks.
+    cache gets only the fields that it lacks. With several `devices` ('cuda:0', 'cuda:1') each gets a process of its own
+    (a script that calls this needs `if __name__ == "__main__":`); this one only plans, on the CPU, and shares out.
     """
     started = time.monotonic()
     options = options or DumpOptions()
     out = Path(out)
     requests = parse_captures(options.capture)
-    loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code, task=options.task)
+    check_rows(corpus)
+    if devices is not None and len(devices) == 1:
+        device, devices = devices[0], None
+    loaded = load_teacher(
+        teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code, task=options.task
+    )
     if not requests:
         requests = parse_captures([_DEFAULT_CAPTURES.get(loaded.task, "logits")])
     _check_captures(loaded.task, requests)
-    masking = options.masking if loaded.task == "masked-lm" else None
+    masking = _masking(loaded, options)
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    check_rows(corpus)
     labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
     max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
-    probe = _probe(corpus, loaded, max_length=max_length, masking=masking)
+    first = _first_to_try(corpus)
+    probe = _probe(first, loaded, options, max_length=max_length)
     run = prepare(loaded.model, requests, probe, vocab_size=len(loaded.tokenizer))
     with _precision(loaded, options):
         fields = run.fields(probe, codec=options.codec)
@@ -96,22 +107,15 @@ def dump(
                 run = prepare(loaded.model, requests + earlier, probe, vocab_size=len(loaded.tokenizer))
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
-                tasks = (
-                    ShardTask(
-                        shard,
-                        rows := _rows_of(corpus, options, shard),
-                        labels.part(shard * options.shard_rows, shard * options.shard_rows + len(rows)),
-                        absent,
+                tasks = _tasks(corpus, labels, options, missing)
+                if devices and missing:
+                    again = _Again(
+                        teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options, max_length
                     )
-                    for shard, absent in missing.items()
-                )
-                budget = run_shards(
-                    _steps(loaded, run, max_length=max_length, masking=masking),
-                    build,
-                    tasks,
-                    overflow=options.overflow,
-                    update=update,
-                )
+                    outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
+                else:
+                    steps = _steps(loaded, run, options, max_length=max_length)
+                    outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
     return DumpReport(
         cache=out,
@@ -121,7 +125,8 @@ def dump(
         fields=sorted(final.fields),
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
-        batch_tokens=budget,
+        batch_tokens=outcome.batch_tokens,
+        lost=outcome.lost,
         clipped=clipped_values(final),
     )
 
@@ -139,14 +144,22 @@ def _check_captures(task: Task, requests: Sequence[Request]) -> None:
         )
 
 
-def _probe(corpus: Corpus, teacher: Teacher, *, max_length: int, masking: Masking | None) -> TokenBatch:
-    """A short row of a few words at least, so that there is something to attend to, and to predict."""
+def _first_to_try(corpus: Corpus) -> Example:
+    """A short row, of some words so that there is something to attend to and to predict; without its label."""
     wordy = [example for example in corpus.examples if len(example.text.split()) >= _PROBE_WORDS]
     chosen = min(wordy, key=lambda row: len(row.text)) if wordy else max(corpus.examples, key=lambda row: len(row.text))
-    row = replace(chosen, label=None)
+    return replace(chosen, label=None)
+
+
+def _probe(row: Example, teacher: Teacher, options: DumpOptions, *, max_length: int) -> TokenBatch:
     labels = encode_task_labels(teacher.task, [row], teacher.label_names)
     tokens = tokenize_task(
-        teacher.task, teacher.tokenizer, [row], max_length=max_length, labels=labels, masking=masking
+        teacher.task,
+        teacher.tokenizer,
+        [row],
+        max_length=max_length,
+        labels=labels,
+        masking=_masking(teacher, options),
     )
     return _batch(teacher, tokens.examples)
 
@@ -165,7 +178,19 @@ def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
     return corpus.examples[shard * options.shard_rows : (shard + 1) * options.shard_rows]
 
 
-def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int, masking: Masking | None) -> Steps:
+def _tasks(
+    corpus: Corpus, labels: TaskLabels, options: DumpOptions, missing: dict[int, list[str]]
+) -> Iterator[ShardTask]:
+    for shard, absent in missing.items():
+        rows, start = _rows_of(corpus, options, shard), shard * options.shard_rows
+        yield ShardTask(shard, rows, labels.part(start, start + len(rows)), absent)
+
+
+def _masking(teacher: Teacher, options: DumpOptions) -> Masking | None:
+    return options.masking if teacher.task == "masked-lm" else None
+
+
+def _steps(teacher: Teacher, run: TeacherRun, options: DumpOptions, *, max_length: int) -> Steps:
     """What the engine does with a shard: the task's part of it."""
     pad_token_id = _pad_id(teacher)  # asked for here: a thread of its own uses the tokenizer then
     return Steps(
@@ -175,12 +200,56 @@ def _steps(teacher: Teacher, run: TeacherRun, *, max_length: int, masking: Maski
             task.examples,
             max_length=max_length,
             labels=task.labels,
-            masking=masking,
+            masking=_masking(teacher, options),
         ),
         pad=lambda examples: pad_batch(examples, pad_token_id=pad_token_id),
-        take=run.take,
+        take=_compiled(run) if options.compile else run.take,
         device=teacher.model.device,
     )
+
+
+def _compiled(run: TeacherRun) -> Callable[[TokenBatch], dict[str, torch.Tensor]]:
+    """`run.take` through torch.compile, for any number of rows and tokens; TeacherError where it can't be compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    model: Any = torch.compile(run.model, dynamic=True)
+    compiled = replace(run, model=model)
+
+    def take(batch: TokenBatch) -> dict[str, torch.Tensor]:
+        try:
+            return compiled.take(batch)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TeacherError(
+                f"torch.compile cannot compile {type(run.model).__name__} here: leave out --compile. It said: {reason}"
+            ) from error
+
+    return take
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """How the process of another device comes by the same steps: it loads the same teacher."""
+
+    teacher: str
+    trust_remote_code: bool
+    weights_hash: str
+    requests: list[Request]
+    probe: Example
+    options: DumpOptions
+    max_length: int
+
+    @contextmanager
+    def __call__(self, device: str) -> Iterator[Steps]:
+        loaded = load_teacher(
+            self.teacher, device=device, trust_remote_code=self.trust_remote_code, task=self.options.task
+        )
+        if loaded.weights_hash != self.weights_hash:
+            raise TeacherError(f"the teacher {self.teacher} was changed while the dump began: give the command again")
+        probe = _probe(self.probe, loaded, self.options, max_length=self.max_length)
+        run = prepare(loaded.model, self.requests, probe, vocab_size=len(loaded.tokenizer))
+        with _precision(loaded, self.options):
+            yield _steps(loaded, run, self.options, max_length=self.max_length)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:

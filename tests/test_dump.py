@@ -21,7 +21,7 @@ from softlabels.cache.files import lock
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.errors import CacheError, ConfigError, CorpusError
+from softlabels.errors import CacheError, ConfigError, CorpusError, TeacherError
 from softlabels.teacher import load_teacher
 from softlabels.tokens import pad_batch, tokenize
 from softlabels.types import Example
@@ -258,6 +258,33 @@ def test_faults_are_told_before_the_teacher_runs(teacher: Path, corpus: Corpus, 
 def test_a_batch_budget_below_a_row_is_refused(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--batch-tokens 3 is below"):
         dump(corpus, teacher=str(teacher), out=tmp_path / "cache", options=options(batch_tokens=3))
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_says_the_same(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of many shapes, one row among them; Q, K and V are taken all the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    teacher = save_teacher(tmp_path / "teacher", layers=1)
+    captures, few = ["logits", "hidden:all", "qkv:1"], corpus_of(corpus.examples[:33])
+    for name in (False, True):
+        given = options(capture=captures, compile=name)
+        dump(few, teacher=str(teacher), out=tmp_path / str(name), options=given, device="cpu")
+    plain, compiled = open_cache(tmp_path / "False"), open_cache(tmp_path / "True")
+    rows = np.arange(len(plain))
+    one, other = plain.signals(rows, list(plain.fields)), compiled.signals(rows, list(plain.fields))
+    for field in plain.fields:
+        assert torch.allclose(one.get(field), other.get(field), atol=1e-5), field
+
+
+@pytest.mark.slow
+def test_a_teacher_that_cannot_be_compiled_is_told(
+    teacher: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(TeacherError, match="leave out --compile"):
+        dump(corpus, teacher=str(teacher), out=tmp_path / "cache", options=options(compile=True), device="cpu")
+    assert list((tmp_path / "cache").rglob(".tmp-*")) == []
 
 
 KILLED = """

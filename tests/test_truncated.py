@@ -22,7 +22,7 @@ from softlabels.truncated import (
     use_fewer,
 )
 
-ASKED = [0.5, 0.6, 1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0]
+ASKED = [0.5, 0.6, 0.7, 0.8, 1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0]
 HOT = [9.0, 12.0, 20.0, 100.0]
 
 
@@ -116,15 +116,19 @@ def test_the_interpolant_goes_through_values_and_slopes() -> None:
 
 
 def test_the_interpolant_is_that_polynomial() -> None:
-    """Between τ = 1 and 2, against the degree-7 polynomial found by solving for its coefficients."""
+    """Between τ = 1 and 2, against the degree-7 polynomial in x = 1/(1 + β), found by solving for its coefficients."""
     got = truncate(language_logits(5, 900, dtype=torch.float64), k=10)
+    edge = got.values[:, -1:]
     powers = torch.arange(8, dtype=torch.float64)
-    betas = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float64)[:, None]  # τ = 4, 2, 1, 0.5
-    matrix = torch.cat([betas**powers, powers * betas ** (powers - 1).clamp(min=0)])
-    wanted = torch.cat([got.tail_logsumexp[:, [3, 2, 1, 0]], got.tail_mean[:, [3, 2, 1, 0]]], dim=1)
-    coefficients = torch.linalg.solve(matrix, wanted.T)
-    expected = ((1 / 1.3) ** powers) @ coefficients
-    assert torch.allclose(tail_logsumexp_at(got, 1.3), expected, atol=1e-9)
+    betas = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float64)  # τ = 4, 2, 1, 0.5
+    x = (1 / (1 + betas))[:, None]
+    matrix = torch.cat([x**powers, powers * x ** (powers - 1).clamp(min=0)])
+    values = got.tail_logsumexp[:, [3, 2, 1, 0]] - betas * edge
+    slopes = (got.tail_mean[:, [3, 2, 1, 0]] - edge) / (-1 / (1 + betas) ** 2)
+    coefficients = torch.linalg.solve(matrix, torch.cat([values, slopes], dim=1).T)
+    beta = 1 / 1.3
+    expected = ((1 / (1 + beta)) ** powers) @ coefficients + beta * edge[:, 0]
+    assert torch.allclose(tail_logsumexp_at(got, 1.3), expected, atol=1e-8)
 
 
 def test_infinitely_hot_is_the_count() -> None:

@@ -104,11 +104,15 @@ def open_vocabs(cache: Cache) -> list[VocabTeacher]:
 def _open(cache: Cache, names: list[str]) -> VocabTeacher:
     vocab_size = cache.manifest.teacher.vocab_size
     spec = cache.fields[names[0]]
-    form = parse_form(spec.form or "")
+    try:
+        form = parse_form(spec.form or "")
+        packing = Packing(vocab_size, max(form.k, 1), form.samples)
+    except ConfigError:
+        raise CacheError(f"cache {cache.path}: field {names[0]} has the form '{spec.form}', which cannot be") from None
     if form.samples and not form.packed:
         names = [*names, *(f"vocab_{name}" for name in SAMPLED)]
     cache.require(names, why=f"vocab:{form}")
-    _check_widths(cache, form, names)
+    _check_widths(cache, form, names, packing)
     head = load_head(cache.path, vocab_size=vocab_size, width=spec.width) if not form.k else None
     return VocabTeacher(form, names, vocab_size, head)
 
@@ -117,11 +121,11 @@ def _plain() -> list[str]:
     return [f"vocab_{name}" for name in PLAIN]
 
 
-def _check_widths(cache: Cache, form: Form, names: Sequence[str]) -> None:
+def _check_widths(cache: Cache, form: Form, names: Sequence[str], packing: Packing) -> None:
     """CacheError where a field's shape is not that of its form."""
     wanted = {"vocab_ids": form.k, "vocab_values": form.k, "vocab_level": 1, "vocab_tail": 10}
     wanted |= {f"vocab_{name}": form.samples for name in SAMPLED}
-    wanted[PACKED] = Packing(cache.manifest.teacher.vocab_size, max(form.k, 1), form.samples).bytes
+    wanted[PACKED] = packing.bytes
     for name in names:
         spec = cache.fields[name]
         if spec.kind != "target" or (name in wanted and spec.width != wanted[name]):

@@ -22,7 +22,8 @@ packed, a token, most significant bit first, with zeros up to a whole byte:
      8   b: the step of the values is 2^(b/8 − 20)
     65   r at the nodes, −30 to 15, in 8,192 cells equal in C(r) = 60·sigmoid(r) + 0.69·r: the tail's mass is within
          9e-5, and where it is near 0 or 1 r is still within 0.0081, for what lies between the nodes
-    35   the tail's means at the nodes, in 128 cells of what convexity leaves: between the slopes of the chords of f(β)
+    35   the tail's means at the nodes, of 9, 9, 8, 5 and 4 bits: equal cells of what convexity leaves, the interval
+         between the slopes of the chords of f(β)
     ids, the set in increasing order, Elias-Fano: u bits, then k × l lower bits. Bit (id >> l) + i of the u is set for
          the i-th id. l is what makes (V, k) smallest; 0.6 bits an id above the entropy of such a set
     k × value_bits   steps below the highest logit, in order of ids. The order of the top is that of the values, equal
@@ -50,8 +51,10 @@ from softlabels.truncated import TEMPERATURES, TruncatedLogits, sample_weights
 NODES = len(TEMPERATURES)
 PLAIN_TAIL_BYTES = 32  # the most that a token's plain tail takes: all but ids and values
 VALUE_BITS = 10
-_ODDS_BITS, _MEAN_BITS, _SAMPLE_BITS = 13, 7, 16
+_ODDS_BITS, _SAMPLE_BITS = 13, 16
+_MEAN_BITS = (9, 9, 8, 5, 4)  # at each node: the wider the interval in β, the more a slope's error matters
 _ODDS = (-30.0, 15.0)  # the log-odds that are told apart
+_MEAN_CELLS = 2 ** torch.tensor(_MEAN_BITS)
 _BETAS = 1 / torch.tensor(TEMPERATURES, dtype=torch.float64)
 
 Arrays = Mapping[str, np.ndarray]
@@ -155,7 +158,7 @@ class Packing:
             "level": (1, 24),
             "step": (1, 8),
             "odds": (NODES, _ODDS_BITS),
-            "mean": (NODES, _MEAN_BITS),
+            **{f"mean{node}": (1, bits) for node, bits in enumerate(_MEAN_BITS)},
             "high": (self.high_bits, 1),
             "low": (self.k, self.low_bits),
             "codes": (self.k, self.value_bits),
@@ -203,7 +206,7 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
     top_logsumexp, top_mean = _nodes(stored)
     below, above = _chords(top_logsumexp + _odds(odds_codes), stored[:, -1], truncated.tail_count)
     within = (top_mean + slopes - below) / (above - below).clamp(min=1e-12)
-    mean_codes = (within * (1 << _MEAN_BITS)).long().clamp(0, (1 << _MEAN_BITS) - 1)
+    mean_codes = (within.clamp(0, 1) * _MEAN_CELLS).long().clamp(max=_MEAN_CELLS - 1).numpy()
     sampled = (stored[:, -1:] - truncated.sampled_values.double().cpu()).clamp(min=0)
     high = np.zeros((len(ids), packing.high_bits), np.uint8)
     np.put_along_axis(high, (ids >> packing.low_bits) + np.arange(packing.k), 1, axis=1)
@@ -213,7 +216,7 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
             "level": level[:, None],
             "step": step_codes[:, None],
             "odds": odds_codes.numpy(),
-            "mean": mean_codes.numpy(),
+            **{f"mean{node}": mean_codes[:, node : node + 1] for node in range(NODES)},
             "high": high,
             "low": ids & ((1 << packing.low_bits) - 1),
             "codes": codes,
@@ -241,7 +244,8 @@ def unpack(packed: np.ndarray, packing: Packing, *, masked: int = 0) -> Truncate
     top_logsumexp, _ = _nodes(values)
     logsumexp = top_logsumexp + _odds(torch.from_numpy(parts["odds"]))
     below, above = _chords(logsumexp, values[:, -1], packing.vocab_size - packing.k - masked)
-    within = (torch.from_numpy(parts["mean"]) + 0.5) / (1 << _MEAN_BITS)
+    mean_codes = np.hstack([parts[f"mean{node}"] for node in range(NODES)])
+    within = (torch.from_numpy(mean_codes) + 0.5) / _MEAN_CELLS
     gaps = parts["sampled_values"].astype(np.uint16).view(np.float16)
     _refuse(~((gaps >= 0) & np.isfinite(gaps)).all(axis=1), "sampled values above the top's")
     return _assemble(

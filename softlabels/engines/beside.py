@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 
 T = TypeVar("T")
 Step = Callable[[], Any]
+_IDLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,21 @@ class _End:
 
 
 class Ahead(Generic[T]):
-    """Iterates over `items`, which a thread draws from: while one is in use, the next is made."""
+    """Iterates over `items`, which a thread draws from: while one is in use, the next is made.
 
-    def __init__(self, items: Iterator[T], *, name: str) -> None:
-        self._items = items
+    `idle` is called now and then while the calling thread waits for an item; `stop` when none is wanted any more, for
+    `items` that may themselves be waiting.
+    """
+
+    def __init__(
+        self,
+        items: Iterator[T],
+        *,
+        name: str,
+        idle: Callable[[], object] = lambda: None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._items, self._idle, self._stop = items, idle, stop
         self._asked: SimpleQueue[bool] = SimpleQueue()
         self._made: SimpleQueue[Any] = SimpleQueue()
         self._asked.put(True)
@@ -46,6 +58,7 @@ class Ahead(Generic[T]):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         self._asked.put(False)
+        self._stop()
         self._thread.join()
 
     def _work(self) -> None:
@@ -59,11 +72,18 @@ class Ahead(Generic[T]):
             self._made.put(_Failed(error))
 
     def _iterate(self) -> Iterator[T]:
-        while (item := self._made.get()) is not _End:
+        while (item := self._next()) is not _End:
             if isinstance(item, _Failed):
                 raise item.error
             self._asked.put(True)
             yield item
+
+    def _next(self) -> Any:
+        while True:
+            try:
+                return self._made.get(timeout=_IDLE_SECONDS)
+            except Empty:
+                self._idle()
 
 
 class Behind:
@@ -95,10 +115,16 @@ class Behind:
 
     def give(self, steps: Sequence[Step]) -> None:
         """Have `steps` taken; waits while there is no room. Raises what an earlier step failed with."""
-        while self._outstanding and (self._outstanding >= self._room or not self._done.empty()):
+        self.listen()
+        while self._outstanding >= self._room:
             self._settle()
         self._outstanding += 1
         self._given.put(steps)
+
+    def listen(self) -> None:
+        """Hear what is done, without waiting for what isn't."""
+        while self._outstanding and not self._done.empty():
+            self._settle()
 
     def finish(self) -> None:
         """Wait until all that was given is done."""

@@ -56,9 +56,19 @@ class Steps:
 
 
 def run_shards(
-    steps: Steps, build: CacheBuild, tasks: Iterable[ShardTask], *, overflow: Overflow, update: Update
+    steps: Steps,
+    build: CacheBuild,
+    tasks: Iterable[ShardTask],
+    *,
+    overflow: Overflow,
+    update: Update,
+    committed: Callable[[int], object] = lambda shard: None,
+    stop: Callable[[], object] = lambda: None,
 ) -> int:
     """Do all `tasks`; the token budget in the end: below the manifest's where memory ran out.
+
+    `tasks` is drawn from by the thread that tokenises, and may wait there until `stop` is called. `update` is called
+    for every batch that is written and `committed` with every shard that is whole, both in the calling thread.
 
     Out of memory, the batch is split and the budget halved for all that follow. How rows are batched shows in what the
     teacher gives by rounding alone (about 1e-6 of a float32 value), never in which row gets what; a cache dumped
@@ -70,8 +80,8 @@ def run_shards(
     made = ((task, steps.tokenize(task)) for task in tasks)
     try:
         with (
-            Ahead(made, name="softlabels-tokenize") as tokenized,
-            Behind(lambda done: update(done.rows, **done.figures()), room=room, name="softlabels-write") as behind,
+            Behind(lambda told: told.tell(update, committed), room=room, name="softlabels-write") as behind,
+            Ahead(made, name="softlabels-tokenize", idle=behind.listen, stop=stop) as tokenized,
         ):
             teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
             for task, rows in tokenized:
@@ -99,9 +109,19 @@ class _Done:
     tokens: int
     budget: int | None  # where it is less than was asked for
 
-    def figures(self) -> dict[str, float]:
+    def tell(self, update: Update, committed: Callable[[int], object]) -> None:
         halved = {} if self.budget is None else {"batch tokens": float(self.budget)}
-        return {"tokens": float(self.tokens)} | halved
+        update(self.rows, tokens=float(self.tokens), **halved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """What the writing thread tells of a shard."""
+
+    shard: int
+
+    def tell(self, update: Update, committed: Callable[[int], object]) -> None:
+        committed(self.shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +216,7 @@ class _Shards:
     def __init__(self, build: CacheBuild, overflow: Overflow) -> None:
         self.build, self.overflow = build, overflow
         self.writers: dict[str, FieldShard] = {}
-        self.join = ""
+        self.shard, self.join = 0, ""
 
     def begin(self, task: ShardTask, rows: Tokenized) -> None:
         if EXAMPLES in task.missing:
@@ -214,16 +234,17 @@ class _Shards:
                     targets=targets,
                     overflow=self.overflow,
                 )
-        self.join = join_hash(rows.examples)
+        self.shard, self.join = task.shard, join_hash(rows.examples)
 
     def write(self, batch: _Batch) -> _Done:
         batch.values.write(self.writers, batch.numbers, ids=batch.ids)
         return batch.done
 
-    def commit(self) -> None:
+    def commit(self) -> _Whole:
         for writer in self.writers.values():
             writer.commit(self.join)
         self.writers = {}
+        return _Whole(self.shard)
 
     def discard(self) -> None:
         """Forget what isn't whole."""

@@ -30,6 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from softlabels.cache.vocab_codec import Packing, from_plain, pack, packed_samples, plain_samples, to_plain, unpack
 from softlabels.truncated import TruncatedLogits, tail_logsumexp_at, truncate
@@ -51,7 +52,8 @@ def train_tokenizer(texts: list[Path]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train(
-        [str(text) for text in texts], trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet)
+        [str(text) for text in texts],
+        trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False),
     )
     return tokenizer
 
@@ -238,6 +240,7 @@ def main() -> None:
         print(f"skipped: {options.corpora / 'lm_english_novels'} is not here; give the folder by --corpora")
         return
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     teacher = make_teacher(options.corpora, options.seconds, options.model)
     logits = teacher.logits
     print(f"held-out perplexity {teacher.perplexity:.0f}; vocabulary {VOCAB_SIZE:,}; {len(logits)} positions")

@@ -17,18 +17,26 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from softlabels.cache.format import EXAMPLES, MANIFEST
-from softlabels.cache.reader import open_cache
+from softlabels.cache.files import write_file
+from softlabels.cache.format import EXAMPLES, MANIFEST, RECEIPT, to_json
+from softlabels.cache.head import OutputHead, save_head
+from softlabels.cache.reader import Cache, open_cache
+from softlabels.cache.settings import folder_receipt
 from softlabels.cache.verify import verify_cache
+from softlabels.cache.vocab import PACKED, STATES, open_vocab
+from softlabels.cache.vocab_codec import pack, to_plain
 from softlabels.errors import CacheError
 from softlabels.progress import quiet
-from tests.cache.made import rows_of, write_cache
+from softlabels.truncated import TruncatedLogits, truncate
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL
+from tests.cache.made import VOCABULARY, rows_of, write_cache
 
 LENGTHS = [3, 6, 2, 5]
 SHARD_ROWS = 2
@@ -63,6 +71,54 @@ def base(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def base_language(folder: Path) -> dict[str, bytes]:
+    """Make a language model's cache in `folder`, its vocabulary kept in every form; its files."""
+    rows = [
+        replace(row, label=NO_LABEL, labels=np.append(row.input_ids[1:], NO_LABEL).astype(np.int32))
+        for row in rows_of(LENGTHS)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    head = OutputHead(torch.randn(VOCABULARY, 4, generator=generator), torch.randn(VOCABULARY, generator=generator))
+    values: dict[str, list[np.ndarray]] = {}
+    for length in LENGTHS:
+        states = torch.randn(length - 1, 4, generator=generator)
+        kept = truncate(head(states), k=3, samples=2, generator=generator)
+        parts = {f"vocab_{name}": part for name, part in to_plain(kept).items()}
+        parts |= {PACKED: pack(kept), STATES: states.numpy()}
+        for name, part in parts.items():
+            values.setdefault(name, []).append(part.astype(np.int32) if part.dtype == np.uint16 else part)
+    types = {"vocab_ids": "uint16", "vocab_sampled_ids": "uint16", PACKED: "uint8"}
+    fields = {
+        name: {
+            "kind": "target",
+            "type": types.get(name, str(parts[0].dtype)),
+            "width": parts[0].shape[1],
+            "form": {STATES: "exact", PACKED: "topk=3,samples=2,packed"}.get(name, "topk=3,samples=2"),
+        }
+        for name, parts in values.items()
+    }
+    write_cache(folder, rows, fields, values, shard_rows=SHARD_ROWS, task="causal-lm")
+    (folder / "teacher").mkdir()
+    save_head(folder, head)
+    write_file(folder / RECEIPT, to_json(folder_receipt(folder, (folder / MANIFEST).read_bytes())))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_vocabulary(cache: Cache, rows: np.ndarray) -> None:
+    """The logits of a language model's cache, from each of its forms."""
+    for left_out in ([], [STATES], [STATES, "vocab_ids"]):
+        other = open_cache(cache.path)
+        other.fields = {name: spec for name, spec in other.fields.items() if name not in left_out}
+        vocab = open_vocab(other)
+        batch = other.batch(rows, vocab.fields)
+        found = vocab(batch.teacher)
+        count = int((batch.tokens.labels != NO_LABEL).sum())
+        if isinstance(found, TruncatedLogits):
+            assert len(found.ids) == count and (not count or int(found.ids.max()) < vocab.vocab_size)
+        else:
+            assert found.shape == (count, vocab.vocab_size)
+
+
 def read_all(folder: Path) -> None:
     """Everything that a reader offers, by rows in an order of its own; AssertionError for wrong shapes."""
     cache, rows = open_cache(folder), np.array([3, 0, 2, 1])
@@ -72,14 +128,18 @@ def read_all(folder: Path) -> None:
     longest = tokens.input_ids.shape[1]
     for name, spec in cache.fields.items():
         value = signals.get(name)
-        assert value.shape[0] == len(rows) and value.isnan().sum() >= 0
-        if spec.kind == "pair":
+        assert (spec.kind == "target" or value.shape[0] == len(rows)) and value.isnan().sum() >= 0
+        if spec.kind == "target":
+            assert value.shape[1] == spec.width
+        elif spec.kind == "pair":
             assert value.shape == (len(rows), spec.width, longest, longest)
         elif spec.kind == "row":
             assert value.shape == (len(rows), spec.width) and cache.column(name).shape == (cache.rows, spec.width)
     assert int(tokens.input_ids.max()) < cache.manifest.teacher.vocab_size or not tokens.attention_mask.any()
     assert len(cache.ids) == len(cache.labels) == len(cache.token_hashes) == cache.rows
     assert sum(len(text) for text, _ in cache.texts()) >= 0 if cache.manifest.dump.text else True
+    if cache.manifest.teacher.task in LANGUAGE_MODELS and cache.fields.keys() & {STATES, "vocab_ids", PACKED}:
+        read_vocabulary(cache, rows)
     cache.used_ids(rows), cache.identity(), cache.teacher_config()
 
 
@@ -176,9 +236,9 @@ def odd_file(path: Path, rng: random.Random) -> None:
 class Trials:
     """The cache on disk, and back to what it was after each trial."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, make: Callable[[Path], dict[str, bytes]] = base) -> None:
         self.folder = folder
-        self.files = base(folder)
+        self.files = make(folder)
         self.arrows = sorted(name for name in self.files if name.endswith(".arrow"))
         self.outcomes: Counter[str] = Counter()
 
@@ -247,18 +307,19 @@ def main(first: int, count: int, progress: Path) -> None:
     memory = Path("/dev/shm")
     place = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
     try:
-        trials = Trials(Path(place) / "cache")
-        read_all(trials.folder)
-        with quiet():
-            verify_cache(trials.folder)  # so that all that is ever imported is there before memory is limited
+        both = [Trials(Path(place) / "cache"), Trials(Path(place) / "language", base_language)]
+        for trials in both:
+            read_all(trials.folder)
+            with quiet():
+                verify_cache(trials.folder)  # so that all that is ever imported is there before memory is limited
         limit_memory()
         mark = os.open(progress, os.O_WRONLY | os.O_CREAT, 0o644)
         for seed in range(first, first + count):
             os.pwrite(mark, f"{seed:>12}".encode(), 0)
-            trials.trial(seed)
+            both[seed % 3 == 0].trial(seed)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    print(json.dumps(trials.outcomes))
+    print(json.dumps(both[0].outcomes + both[1].outcomes))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.files import write_file
 from softlabels.cache.format import LIST_LIMIT, MANIFEST, Manifest, to_json
-from softlabels.cache.writer import FieldShard, join_hash, write_examples
-from softlabels.types import NO_LABEL, TokenizedExample
+from softlabels.cache.writer import FieldShard, join_hash, labels_type, write_examples
+from softlabels.tokens import count_row_targets
+from softlabels.types import NO_LABEL, Task, TokenizedExample
 
 VOCABULARY = 100
 
@@ -34,7 +35,11 @@ def rows_of(lengths: Sequence[int]) -> list[TokenizedExample]:
 
 
 def manifest_of(
-    rows: Sequence[TokenizedExample], fields: Mapping[str, Mapping[str, Any]], *, shard_rows: int
+    rows: Sequence[TokenizedExample],
+    fields: Mapping[str, Mapping[str, Any]],
+    *,
+    shard_rows: int,
+    task: Task = "sequence-classification",
 ) -> Manifest:
     """The manifest of a cache of `rows` before its first shard."""
     labelled = sum(row.label != NO_LABEL for row in rows)
@@ -46,8 +51,8 @@ def manifest_of(
             "teacher": {
                 "name": "a teacher",
                 "weights_hash": "0",
-                "task": "sequence-classification",
-                "label_names": ["no", "yes"],
+                "task": task,
+                "label_names": ["no", "yes"] if task == "sequence-classification" else [],
                 "vocab_size": VOCABULARY,
                 "pad_token_id": 0,
                 "unk_token_id": 1,
@@ -74,21 +79,26 @@ def write_cache(
     *,
     shard_rows: int,
     limit: int = LIST_LIMIT,
+    task: Task = "sequence-classification",
 ) -> Manifest:
     """A whole cache. `values[field][row]` are float32: (width,), (L, width) or (width, L, L) by the field's kind.
 
-    `limit` is the number of values in a record batch.
+    Of a language model's cache a target field has (T, width) of its own type. `limit` is the number of values in a
+    record batch.
     """
-    build = CacheBuild(folder, manifest_of(rows, fields, shard_rows=shard_rows))
+    build = CacheBuild(folder, manifest_of(rows, fields, shard_rows=shard_rows, task=task))
+    labels = labels_type(build.manifest.teacher)
     for shard in build.shards():
         first = shard * shard_rows
         part = rows[first : first + shard_rows]
-        write_examples(folder, part, shard=shard, vocab_size=VOCABULARY, token_types=True, text=True)
+        write_examples(folder, part, shard=shard, vocab_size=VOCABULARY, token_types=True, text=True, labels=labels)
+        targets = np.array([count_row_targets(row) for row in part])
         tokens = np.array([len(row.input_ids) for row in part])
         for field, spec in build.manifest.fields.items():
-            writer = FieldShard(folder, field, spec, shard=shard, tokens=tokens, limit=limit)
+            writer = FieldShard(folder, field, spec, shard=shard, tokens=tokens, targets=targets, limit=limit)
             for i in reversed(range(len(part))):
-                batch = torch.from_numpy(values[field][first + i])[None]
+                batch = torch.from_numpy(values[field][first + i])
+                batch = batch if spec.kind == "target" else batch[None]
                 writer.write(np.array([i]), batch, ids=[part[i].id])
             writer.commit(join_hash(part))
     write_file(folder / MANIFEST, to_json(build.manifest))

@@ -135,7 +135,7 @@ def test_clipped_values_are_counted_in_the_receipt_but_not_in_padding(tmp_path: 
 
 
 def test_int8_is_refused_where_there_are_no_vectors() -> None:
-    with pytest.raises(ValueError, match="no vectors"):
+    with pytest.raises(ValueError, match="int8 is for row and token fields"):
         spec_of("int8", width=2, kind="pair")
 
 

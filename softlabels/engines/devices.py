@@ -1,0 +1,279 @@
+"""Shards over several processes, one a device, each with a teacher of its own: as `local` does them, shared out here.
+
+The process that was asked holds the cache's lock and the list of what is missing. Its workers ask for a shard when they
+can begin with one, and get it over a pipe; so a slow one holds up no other, and a worker that dies has its shard done
+by another. Towards the end none gets a shard in advance. Workers end when the process that started them does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+
+from softlabels.cache.build import CacheBuild
+from softlabels.cache.codec import Overflow
+from softlabels.cache.files import sweep_temporary
+from softlabels.engines.local import ShardTask, Steps, run_shards
+from softlabels.errors import ConfigError, TeacherError
+from softlabels.progress import Update
+
+OpenSteps = Callable[[str], AbstractContextManager[Steps]]  # with a device's name; pickled, and called in its process
+_TRIES = 2  # of a shard in whose midst a worker died
+
+
+def parse_devices(text: str) -> list[str]:
+    """'2' (GPUs 0 and 1), 'cuda:0,cuda:1' or 'cpu,cpu' as a list; ConfigError for a device that isn't there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    have = f"this machine has {count} GPU(s)"
+    if text.strip().isdigit():
+        if not 1 <= int(text) <= count:
+            raise ConfigError(f"--devices {text}: {have}; processes on the CPU are written as cpu,cpu")
+        return [f"cuda:{number}" for number in range(int(text))]
+    devices = [part.strip() for part in text.split(",")]
+    for name in devices:
+        gpu = re.fullmatch(r"cuda(?::(\d+))?", name)
+        if gpu is None and name != "cpu":
+            raise ConfigError(f"--devices {text}: '{name}' is no device; write 2, or cuda:0,cuda:1, or cpu,cpu")
+        if gpu is not None and int(gpu[1] or 0) >= count:
+            raise ConfigError(f"--devices {text}: there is no {name}; {have}")
+    return devices
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the workers left."""
+
+    batch_tokens: int  # the least token budget that one of them ended with
+    lost: list[str]  # a line for each worker that died
+
+
+def run_on_devices(
+    devices: Sequence[str],
+    open_steps: OpenSteps,
+    build: CacheBuild,
+    tasks: Iterable[ShardTask],
+    *,
+    overflow: Overflow,
+    update: Update,
+) -> Outcome:
+    """Do all `tasks` on `devices`, a process each; to be called by the one that holds the lock of `build`.
+
+    An error of a worker ends them all and is raised here. TeacherError where a shard had two workers die, or none is
+    left. On the CPU the cores are shared among the processes; float32 values are the same bytes as from one process
+    that computes with as many threads as each of them, and otherwise equal to rounding.
+    """
+    pool = _Pool(build, deque(tasks), update)
+    try:
+        for device in devices:
+            pool.start(device, open_steps, overflow, among=sum(torch.device(other).type == "cpu" for other in devices))
+        pool.work()
+        whole = True
+    except BaseException:
+        whole = False
+        raise
+    finally:
+        pool.close()
+        if not whole:
+            sweep_temporary(build.folder)  # of the workers, which are gone; this process has the lock
+    return Outcome(min([*pool.budgets, build.manifest.dump.batch_tokens]), pool.lost)
+
+
+# ---------------------------------------------------------------------------------------------- the one that shares out
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    device: str
+    process: SpawnProcess
+    pipe: Connection
+    claimed: list[ShardTask] = field(default_factory=list)  # in work, and next
+    asks: bool = False
+    rows: int = 0  # told of the shard in work
+
+
+class _Pool:
+    """The workers, and what they have of the shards."""
+
+    def __init__(self, build: CacheBuild, waiting: deque[ShardTask], update: Update) -> None:
+        self.build, self.waiting, self.update = build, waiting, update
+        self.workers: list[_Worker] = []
+        self.deaths: Counter[int] = Counter()
+        self.budgets: list[int] = []
+        self.lost: list[str] = []
+
+    def start(self, device: str, open_steps: OpenSteps, overflow: Overflow, *, among: int) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+        ours, theirs = context.Pipe()
+        threads = max(torch.get_num_threads() // among, 1) if torch.device(device).type == "cpu" else None
+        process = context.Process(
+            target=_serve,
+            args=(theirs, open_steps, device, self.build, overflow, threads),
+            name=f"softlabels-{device}",
+            daemon=True,
+        )
+        # a Ctrl-C is for the process that shares out, which ends the others; they inherit what is blocked here
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+            self.workers.append(_Worker(device, process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # so that the pipe ends with the worker
+
+    def work(self) -> None:
+        """Until all shards are whole."""
+        while self.waiting or any(worker.claimed for worker in self.workers):
+            self._listen()
+            self._hand_out()
+        for worker in self.workers:
+            if worker.asks:
+                _send(worker.pipe, None)
+        while self.workers:  # each says what it ended with
+            self._listen()
+
+    def _listen(self) -> None:
+        pipes = {worker.pipe: worker for worker in self.workers}
+        for pipe in wait(list(pipes)):
+            worker = pipes[pipe]  # type: ignore[index]  # only connections were given
+            try:
+                kind, value = worker.pipe.recv()
+            except (EOFError, ConnectionResetError, pickle.UnpicklingError):
+                self._bury(worker)
+                continue
+            if kind == "error":
+                raise value
+            if kind == "end":
+                self.budgets.append(value)
+                self.workers.remove(worker)
+                worker.process.join()
+            elif kind == "ask":
+                worker.asks = True
+                if not self.waiting and not any(other.claimed for other in self.workers):
+                    _send(worker.pipe, None)
+            elif kind == "whole":
+                worker.claimed = [task for task in worker.claimed if task.shard != value]
+                worker.rows = 0
+            else:
+                worker.rows += value[0]
+                self.update(value[0], **value[1])
+
+    def _hand_out(self) -> None:
+        for worker in self.workers:
+            ahead = len(self.waiting) > len(self.workers)  # a shard in advance, while enough are left for the others
+            if worker.asks and self.waiting and (ahead or not worker.claimed):
+                worker.claimed.append(self.waiting.popleft())
+                worker.asks = False
+                _send(worker.pipe, worker.claimed[-1])
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker died: what it had goes back to the others."""
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self.workers.remove(worker)
+        self.update(-worker.rows)
+        shard = worker.claimed[0].shard if worker.claimed else None
+        self.lost.append(f"the process on {worker.device} {how}" + ("" if shard is None else f" in shard {shard}"))
+        if shard is not None:
+            self.deaths[shard] += 1
+            if self.deaths[shard] >= _TRIES:
+                raise TeacherError(
+                    f"shard {shard} ended {_TRIES} processes: {'; '.join(self.lost)}. Memory may be too small for its "
+                    f"rows: give a smaller --batch-tokens. What was committed is kept"
+                )
+        if not self.workers and (self.waiting or worker.claimed):
+            raise TeacherError(
+                f"{'; '.join(self.lost)}, and no other process is left. What was committed is kept: give the same "
+                f"command again to go on"
+            )
+        self.waiting.extendleft(reversed(worker.claimed))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join(10)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        for worker in self.workers:
+            worker.pipe.close()
+
+
+def _send(pipe: Connection, task: ShardTask | None) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # it died: the next thing heard of it is that
+        pipe.send(task)
+
+
+# ------------------------------------------------------------------------------------------------------------ a worker
+
+
+def _serve(
+    pipe: Connection, open_steps: OpenSteps, device: str, build: CacheBuild, overflow: Overflow, threads: int | None
+) -> None:
+    """What a worker does: shards until there are none."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    talking = threading.Lock()  # the thread that tokenises asks, the one that runs the teacher tells
+
+    def tell(kind: str, value: Any) -> None:
+        with talking:
+            pipe.send((kind, value))
+
+    stopped = threading.Event()
+
+    def tasks() -> Iterator[ShardTask]:
+        while True:
+            tell("ask", None)
+            while not pipe.poll(0.1):
+                if stopped.is_set():
+                    return
+            task = pipe.recv()
+            if task is None:
+                return
+            yield task
+
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with open_steps(device) as steps:
+            budget = run_shards(
+                steps,
+                build,
+                tasks(),
+                overflow=overflow,
+                update=lambda rows, /, **figures: tell("rows", (rows, figures)),
+                committed=lambda shard: tell("whole", shard),
+                stop=stopped.set,
+            )
+        tell("end", budget)
+    except BaseException as error:
+        tell("error", _portable(error, device))
+
+
+def _portable(error: BaseException, device: str) -> BaseException:
+    """The error, or one like it where it cannot be sent to another process."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} on {device}: {error}")
+
+
+def _end_with_parent() -> None:
+    """Nobody holds the cache's lock once that process is gone: nothing may be written any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,138 @@
+"""Students of a language model, from full logits and from the top 32: what their perplexity loses.
+
+Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 150] [--model DIR] [--rows N] [--epochs N]
+
+The teacher is bench_vocab's: GPT-2-shaped, trained here on three novels (with `--model DIR` it is kept and used again).
+It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2,
+from the same first weights in the same order; a fourth novel is held out and gives the perplexity. `renormalised` is
+what is usually done with a top k, the teacher made to sum to 1 inside it, from the same cache as topk=32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from softlabels.cache import open_cache
+from softlabels.config import DumpOptions, StudentOptions
+from softlabels.corpus import Corpus
+from softlabels.dump import dump
+from softlabels.losses import LANGUAGE_LOSSES, Loss
+from softlabels.perplexity import evaluate_language_model
+from softlabels.progress import quiet
+from softlabels.train import train_student
+from softlabels.truncated import TruncatedLogits
+from softlabels.types import Example, Signals
+from tests.bench.bench_vocab import CORPORA, HELD_OUT, TRAINING, make_teacher
+
+WORDS = 80  # of a passage
+FORMS = {
+    "full logits": "vocab:exact",
+    "topk=32": "vocab:topk=32",
+    "topk=32, 2 samples": "vocab:topk=32,samples=2",
+    "topk=32, packed": "vocab:topk=32,packed",
+    "renormalised top 32": "vocab:topk=32",
+}
+
+
+def passages(corpora: Path, names: tuple[str, ...], rows: int) -> Corpus:
+    """Passages of WORDS words, spread evenly over the books."""
+    found = []
+    for name in names:
+        words = (corpora / "lm_english_novels" / f"{name}.txt").read_text(encoding="utf-8").split()
+        starts = range(0, len(words) - WORDS, WORDS)
+        step = max(1, len(starts) * len(names) // rows)
+        found += [Example(f"{name}/{at}", " ".join(words[at : at + WORDS])) for at in list(starts)[::step]]
+    return Corpus(source="novels", split=None, examples=found[:rows], label_names=None)
+
+
+def renormalised(student: Signals, teacher: Signals, *, temperature: float) -> Tensor:
+    """T² · KL inside the top k, the teacher made to sum to 1 there."""
+    kept = cast(TruncatedLogits, teacher.vocabulary)
+    p = (kept.values / temperature).log_softmax(1)
+    q = (student.logits / temperature).log_softmax(1).gather(1, kept.ids)
+    return (p.exp() * (p - q)).sum(1).mean() * temperature**2
+
+
+@contextmanager
+def loss_called_kl(loss: Loss | None) -> Iterator[None]:
+    table = cast(dict[str, Loss], LANGUAGE_LOSSES)
+    before = table["kl"]
+    if loss is not None:
+        table["kl"] = loss
+    try:
+        yield
+    finally:
+        table["kl"] = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=150, help="of the teacher's training")
+    parser.add_argument("--model", type=Path, default=None, help="keep the teacher there")
+    parser.add_argument("--corpora", type=Path, default=CORPORA)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2)
+    given = parser.parse_args()
+    if not (given.corpora / "lm_english_novels").is_dir():
+        print(f"skipped: no folder {given.corpora / 'lm_english_novels'}")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        folder = given.model or place / "teacher"
+        made = make_teacher(given.corpora, given.seconds, folder)
+        print(f"teacher: perplexity {made.perplexity:.1f} on held-out windows")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json"), eos_token="!", model_max_length=128
+        )
+        tokenizer.save_pretrained(folder)
+        corpus = passages(given.corpora, TRAINING, given.rows)
+        held_out = passages(given.corpora, (HELD_OUT,), 200)
+        found: dict[str, list[float]] = {}
+        print(f"\n{'':<24}{'B/token':>9}{'perplexity':>12}{'beside full':>13}{'s':>7}", flush=True)
+        for title, form in FORMS.items():
+            cache_folder = place / form.replace(":", "-")
+            with quiet():
+                dump(corpus, teacher=str(folder), out=cache_folder, options=DumpOptions(capture=[form], shard_rows=500))
+            cache = open_cache(cache_folder)
+            assert cache.targets is not None
+            size = sum(cache.manifest.shards[field].total for field in cache.fields) / cache.targets.sum()
+            started = time.perf_counter()
+            for seed in range(given.seeds):
+                options = StudentOptions(
+                    student="transformer",
+                    options={"layers": 1, "hidden_size": 64, "heads": 4},
+                    losses={"kl": 1.0},
+                    temperature="2",
+                    epochs=given.epochs,
+                    batch_size=8,
+                    lr=3e-3,
+                    validation=0.0,
+                    seed=seed,
+                )
+                out = place / f"run {title} {seed}"
+                with quiet(), loss_called_kl(renormalised if title.startswith("renorm") else None):
+                    train_student(cache, out=out, options=options, cpu=True)
+                found.setdefault(title, []).append(evaluate_language_model(out, held_out).perplexity)
+            mean, full = statistics.mean(found[title]), statistics.mean(found["full logits"])
+            seconds = (time.perf_counter() - started) / given.seeds
+            print(f"{title:<24}{size:>9.0f}{mean:>12.2f}{mean / full - 1:>12.2%} {seconds:>6.0f}", flush=True)
+        print(
+            "\nperplexity: mean over seeds " + ", ".join(f"{t}: {[round(x, 1) for x in v]}" for t, v in found.items())
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
