@@ -338,7 +338,7 @@ def packed_rounding(read: TruncatedLogits, packed: np.ndarray, packing: Packing)
     betas = torch.cat([_BETAS, torch.zeros(1, dtype=torch.float64)])
     shift = (2 * _ODDS_OFF + 3 * off) / (betas[:-1] - betas[1:])
     top = off * (1 + _BETAS * (level - read.values[:, -1:].double()))  # by which the top's own mean may have moved
-    slopes = (above - below) / (2 << _MEAN_BITS) + shift + top
+    slopes = (above - below) / (2 * _MEAN_CELLS) + shift + top
     lost = ((odds < _ODDS[0] + 2 * _ODDS_OFF) | (odds > _ODDS[1] - 2 * _ODDS_OFF)).any(dim=1, keepdim=True)
     return Rounding(
         values=values,
