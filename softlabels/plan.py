@@ -3,8 +3,10 @@
 All is found on a sample: some rows are tokenised, a few batches of them go through the teacher, and nothing is written
 but empty files in a temporary folder, laid out by the cache's own writer, whose sizes are the cache's.
 
-The sample is spread over the corpus by the length of the text: rows of a sorted corpus at even distances. So its mean
-of tokens, and of their squares, is the corpus's to a percent or two where a random sample's would be off by five.
+The sample is spread over the corpus by the length of the text: rows of a sorted corpus at even distances. Its mean of
+tokens and of their squares (maps) was off by 0.2 and 0.5 % on SST-2 with 2,000 rows, by 1.6 and 5.2 % with 200; a random
+sample of 200 is off by 3.5 % of the tokens on average. Looking at more costs their tokenisation alone: the teacher is
+given three batches, whatever the sample.
 
 **After how many students a cache has paid for itself.** A teacher pass over the corpus takes F seconds, the dump's with
 its captures D. Without a cache every student of E epochs costs E·F; with it, all students together cost D, and reading
@@ -112,7 +114,7 @@ def plan_dump(
     teacher: str,
     options: DumpOptions | None = None,
     out: Path | None = None,
-    sample: int = 200,
+    sample: int = 2000,
     epochs: int = 10,
     device: str | None = None,
     trust_remote_code: bool = False,

@@ -45,7 +45,7 @@ def corpus_of(count: int) -> Corpus:
     return Corpus(source="made", split=None, examples=rows, label_names=None)
 
 
-def plan(corpus: Corpus, teacher: Path, *, sample: int = 200, epochs: int = 10, **options: Any) -> Plan:
+def plan(corpus: Corpus, teacher: Path, *, sample: int = 2000, epochs: int = 10, **options: Any) -> Plan:
     made = DumpOptions.model_validate({"shard_rows": 64} | options)
     return plan_dump(corpus, teacher=str(teacher), options=made, sample=sample, epochs=epochs, device="cpu")
 
