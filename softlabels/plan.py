@@ -4,13 +4,14 @@ All is found on a sample: some rows are tokenised, a few batches of them go thro
 but empty files in a temporary folder, laid out by the cache's own writer, whose sizes are the cache's.
 
 The sample is spread over the corpus by the length of the text: rows of a sorted corpus at even distances. Its mean of
-tokens and of their squares (maps) was off by 0.2 and 0.5 % on SST-2 with 2,000 rows, by 1.6 and 5.2 % with 200; a random
-sample of 200 is off by 3.5 % of the tokens on average. Looking at more costs their tokenisation alone: the teacher is
-given three batches, whatever the sample.
+tokens and of their squares (maps) was off by 0.2 and 0.5 % on SST-2 with 2,000 rows, by 1.6 and 5.2 % with 200; a
+random sample of 200 is off by 3.5 % of the tokens on average. Looking at more costs their tokenisation alone: the
+teacher is timed on three batches, whatever the sample.
 
 **After how many students a cache has paid for itself.** A teacher pass over the corpus takes F seconds, the dump's with
 its captures D. Without a cache every student of E epochs costs E·F; with it, all students together cost D, and reading
-next to nothing. So the cache has paid after the first D / F epochs, and after ⌈D / (E·F)⌉ students.
+next to nothing. So the cache has paid after the first D / F epochs, and after ⌈D / (E·F)⌉ students. Of a corpus that is
+masked several times D is a pass over all maskings, F over one.
 """
 
 from __future__ import annotations
