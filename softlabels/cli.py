@@ -299,6 +299,132 @@ def dump_command(
 
 
 @app.command(
+    "plan",
+    epilog="Example:  softlabels plan texts.csv --teacher ./teacher --out cache --capture logits --capture qkv:6",
+)
+def plan_command(
+    corpus: CorpusArgument,
+    teacher: Annotated[str, typer.Option(help="the fine-tuned teacher: a folder or a Hugging Face name")],
+    out: Annotated[
+        Path, typer.Option(help="where the cache would go: its free disk is told; nothing is written")
+    ] = Path("."),
+    split: Annotated[
+        str | None, typer.Option(help="which split(s) of the corpus, joined by +, e.g. train+unlabeled")
+    ] = None,
+    capture: Annotated[list[str] | None, typer.Option(metavar="WHAT", help="as for dump; may be repeated")] = None,
+    task: Annotated[str | None, typer.Option(help="as for dump: what the teacher was made for")] = None,
+    rows_sample: Annotated[
+        int,
+        typer.Option(
+            min=1, help="how many rows are tokenised, spread over the corpus by their length; 200 are 5 % off for maps"
+        ),
+    ] = 2000,
+    epochs: Annotated[int, typer.Option(min=1, help="that a student trains: for when the cache has paid")] = 10,
+    maskings: Annotated[int | None, typer.Option(min=1, help="of masked-lm: how often each text is masked")] = None,
+    mask_rate: Annotated[float | None, typer.Option(help="of masked-lm: the share of tokens; by default 0.15")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens a text; by default what the teacher takes, at most 512")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="tokens in a batch, padding counted")] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="rows a file")] = None,
+    dtype: Annotated[str | None, typer.Option(help="the teacher computes in float32, bfloat16 or float16")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="float32, float16 (default), bfloat16, or int8 (not maps), as for dump")
+    ] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="leave the raw texts out of the cache")] = False,
+    text: Text = None,
+    label: Label = None,
+    rows: Rows = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    cpu: Cpu = False,
+) -> None:
+    """What a dump would cost in bytes and time, found on a sample before it is paid.
+
+    Bytes are those of the whole corpus. Time is of the forward pass on this machine, three batches of it, with the
+    captures and without (a bare model over the same batches); writing goes on behind it. When has the cache paid for
+    itself? Without it every student of E epochs (--epochs) costs E teacher passes of F seconds, with it all students
+    together cost the dump's one of D: after D / F epochs, or D / (E * F) students, rounded up. Nothing is refused for
+    want of disk: it is told.
+    """
+    from softlabels.config import DumpOptions, build_options
+
+    masking = {key: value for key, value in {"times": maskings, "rate": mask_rate}.items() if value is not None}
+    given = {
+        "capture": capture or None,
+        "task": task,
+        "masking": masking or None,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "shard_rows": shard_rows,
+        "dtype": dtype,
+        "codec": codec,
+    }
+    options = build_options(
+        DumpOptions,
+        {key: value for key, value in given.items() if value is not None} | {"text": not no_text},
+        where="plan",
+    )
+    from softlabels.corpus import read_corpus
+    from softlabels.plan import plan_dump
+    from softlabels.teacher import teacher_task
+
+    found = teacher_task(teacher, task, trust_remote_code=trust_remote_code)
+    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=found)
+    plan = plan_dump(
+        data,
+        teacher=teacher,
+        options=options,
+        out=out,
+        sample=rows_sample,
+        epochs=epochs,
+        device="cpu" if cpu else None,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _print_json(asdict(plan))
+    else:
+        typer.echo(_plan_table(plan))
+
+
+def _plan_table(plan) -> str:
+    def way(size: int | None) -> str:
+        return "not given by this model" if size is None else _size(size)
+
+    speed, pay, disk = plan.speed, plan.payback, plan.disk
+    facts: dict[str, Any] = {
+        "teacher": f"{plan.teacher} ({plan.task})",
+        "rows": f"{plan.rows:,}, of which {plan.sampled:,} were looked at",
+        "tokens": f"{plan.tokens:,}",
+        "rows cut": f"{100 * plan.truncated:.1f} %",
+        "bare forward": f"{speed.rows_per_second:,.1f} rows/s, {_duration(speed.seconds)} ({speed.device})",
+        "with captures": f"{speed.rows_per_second_captured:,.1f} rows/s, {_duration(speed.seconds_captured)}",
+    }
+    if plan.maps is not None:
+        layers = ", ".join(map(str, plan.maps.layers))
+        facts["Q and K"] = f"{way(plan.maps.query_key_bytes)} for layer {layers}"
+        facts["attention maps"] = f"{way(plan.maps.map_bytes)} for the same"
+    facts["disk"] = f"{_size(disk.free_bytes)} free at {disk.place}" + ("" if disk.fits else ": IT DOES NOT FIT")
+    facts["paid for itself"] = (
+        f"after {pay.epochs} epoch(s) of any students, or {pay.students} student(s) of {pay.epochs_each} epochs"
+    )
+    sizes = [[name, _size(size), _size(size / plan.rows)] for name, size in plan.fields.items()]
+    sizes.append(["in all", _size(plan.bytes), _size(plan.bytes / plan.rows)])
+    parts = [_facts(facts), _columns(["field", "size", "a row"], sizes)]
+    if plan.kept_mass is not None:
+        temperatures = list(next(iter(plan.kept_mass.values()), {}))
+        rows = [[f"topk={k}", *(f"{mass[t]:.4f}" for t in temperatures)] for k, mass in plan.kept_mass.items()]
+        parts.append(_columns(["mass kept at", *(f"T={t:g}" for t in temperatures)], rows))
+    return "\n\n".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@app.command(
     "import",
     epilog="Example:  softlabels import scored.parquet --out cache --logits scores --label-names no,yes "
     "--tokenizer bert-base-uncased",
@@ -380,7 +506,7 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
-    "softlabels verify cache --repair"
+    "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200"
 )
 def verify(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
@@ -394,9 +520,44 @@ def verify(
             "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
         ),
     ] = False,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            help="instead: run the cache's teacher (a folder or a Hugging Face name) again on some rows, in other "
+            "batches than the dump's, and hold every field against it",
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="of --live: so many random rows; by default 200")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of --live: another one draws other rows")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
+    cpu: Cpu = False,
 ) -> None:
-    """Whether a cache is whole: checksums, structure, and that all belongs together. Exit code 0 only if it is."""
+    """Whether a cache is whole: checksums, structure, and that all belongs together. Exit code 0 only if it is.
+
+    With --live: whether it says what its teacher says. The teacher runs twice over the rows, in two batchings, and what
+    lies between the two is the noise. A field is within its bounds where no value is farther from the live one than
+    what the field's codec rounds it by, 4 times the largest noise, and 2^-17 of the largest value. Exit code 1 where a
+    field is not. Files are only checked as far as these rows need them: verify without --live reads them all.
+    """
+    if live is not None:
+        if repair:
+            raise ConfigError("--live changes nothing: give --repair to a verify without it")
+        _verify_live(
+            cache,
+            live,
+            rows=200 if rows is None else rows,
+            seed=seed or 0,
+            fields=field or None,
+            trust_remote_code=trust_remote_code,
+            cpu=cpu,
+            as_json=as_json,
+        )
+        return
+    for option, given in (("--rows", rows), ("--seed", seed)):
+        if given is not None:
+            raise ConfigError(f"{option} is for verify --live TEACHER: without it, every row is looked at")
     from softlabels.cache.verify import verify_cache
 
     verdict = verify_cache(cache, fields=field or None, repair=repair)
@@ -406,6 +567,58 @@ def verify(
         typer.echo(_verdict(verdict))
     if not verdict.whole:
         raise typer.Exit(2)
+
+
+def _verify_live(
+    cache: Path,
+    teacher: str,
+    *,
+    rows: int,
+    seed: int,
+    fields: list[str] | None,
+    trust_remote_code: bool,
+    cpu: bool,
+    as_json: bool,
+) -> None:
+    from softlabels.fidelity import verify_live
+
+    found = verify_live(
+        cache,
+        teacher=teacher,
+        rows=rows,
+        seed=seed,
+        fields=fields,
+        device="cpu" if cpu else None,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _print_json({**asdict(found), "within": found.within})
+    else:
+        typer.echo(_fidelity_table(found))
+    if not found.within:
+        raise typer.Exit(1)
+
+
+def _fidelity_table(found) -> str:
+    head = ["field", "stored as", "typical", "off at most", "mean", "noise at most", "beyond codec", "allowed", ""]
+    rows = [
+        [
+            part.field if part.what == "values" else f"{part.field}: {part.what}",
+            part.type,
+            *(f"{getattr(part, name):.2g}" for name in ("typical", "largest", "mean", "noise_largest")),
+            f"{part.beyond_codec:.2g}",
+            f"{part.allowed:.2g}",
+            ("ok" if part.within else f"NOT: {part.worst_row}") if part.values else "none seen",
+        ]
+        for part in found.fields
+    ]
+    wrong = sorted({part.field for part in found.fields if not part.within})
+    verdict = (
+        "every field is what its teacher says, within its codec and the noise"
+        if found.within
+        else f"NOT what the teacher says: {', '.join(wrong)}. Dump these again, into another folder"
+    )
+    return f"{_columns(head, rows)}\n\n{found.rows:,} rows, {found.tokens:,} tokens, {found.seconds:.1f} s: {verdict}"
 
 
 def _verdict(verdict) -> str:
@@ -777,7 +990,8 @@ def _cost_line(result) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code.
 
-    0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself.
+    0 done; 2 wrong usage or input; 130 Ctrl-C; 1 a fault of softlabels itself, or a cache that is not what its
+    teacher says (verify --live).
     """
     # torch's threads wait for each other by spinning, which on a machine that does anything else beside is ten times
     # slower than sleeping; on an idle one it gains little. Read when torch is loaded; the user's own setting wins.

@@ -22,25 +22,21 @@ from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, Mas
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
 from softlabels.captures import TeacherRun, parse_captures, prepare
+from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
 from softlabels.captures.output_head import OutputHead, keep_head
 from softlabels.config import DumpOptions, Masking
 from softlabels.corpus import Corpus
 from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
-from softlabels.errors import ConfigError, TeacherError
+from softlabels.errors import TeacherError
 from softlabels.progress import progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
-from softlabels.teacher import Teacher, load_teacher
+from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import pad_batch, resolve_max_length
-from softlabels.types import LANGUAGE_MODELS, Example, Task, TokenBatch, TokenizedExample
+from softlabels.types import Example, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
-_DEFAULT_CAPTURES: dict[Task, str] = {
-    "sentence-embedding": "pooled",
-    "masked-lm": "vocab:topk=64",
-    "causal-lm": "vocab:topk=64",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +81,7 @@ def dump(
     loaded = load_teacher(
         teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code, task=options.task
     )
-    if not requests:
-        requests = parse_captures([_DEFAULT_CAPTURES.get(loaded.task, "logits")])
-    _check_captures(loaded.task, requests)
+    requests = choose_captures(requests, loaded.task)
     masking = _masking(loaded, options)
     if masking is not None:
         corpus = mask_often(corpus, masking)
@@ -96,7 +90,7 @@ def dump(
     first = _first_to_try(corpus)
     probe = _probe(first, loaded, options, max_length=max_length)
     run = prepare(loaded.model, requests, probe, vocab_size=len(loaded.tokenizer))
-    with _precision(loaded, options):
+    with at_precision(loaded, options.dtype):
         fields = run.fields(probe, codec=options.codec)
         manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels, masking=masking)
         head = _head(loaded, run, probe)
@@ -130,22 +124,6 @@ def dump(
         lost=outcome.lost,
         clipped=clipped_values(final),
     )
-
-
-def _check_captures(task: Task, requests: Sequence[Request]) -> None:
-    """ConfigError where logits are asked of a teacher that gives none, or too many of them."""
-    if all(request.capture != "logits" for request in requests):
-        return
-    if task == "sentence-embedding":
-        raise ConfigError(
-            "--capture logits: this teacher has no trained classification head: fine-tune it with softlabels "
-            "train-teacher, and dump the folder that it writes; or capture pooled, or hidden:LAYERS@mean"
-        )
-    if task in LANGUAGE_MODELS:
-        raise ConfigError(
-            f"--capture logits: a {task} gives as many as its vocabulary has tokens: capture vocab:topk=64 or "
-            f"vocab:exact; or fine-tune it into a classifier with softlabels train-teacher"
-        )
 
 
 def _first_to_try(corpus: Corpus) -> Example:
@@ -252,7 +230,7 @@ class _Again:
             raise TeacherError(f"the teacher {self.teacher} was changed while the dump began: give the command again")
         probe = _probe(self.probe, loaded, self.options, max_length=self.max_length)
         run = prepare(loaded.model, self.requests, probe, vocab_size=len(loaded.tokenizer))
-        with _precision(loaded, self.options):
+        with at_precision(loaded, self.options.dtype):
             yield _steps(loaded, run, self.options, max_length=self.max_length)
 
 
@@ -262,12 +240,6 @@ def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch
 
 def _pad_id(teacher: Teacher) -> int:
     return int(teacher.tokenizer.pad_token_id)
-
-
-def _precision(teacher: Teacher, options: DumpOptions):
-    """float32, or autocast to the precision asked for."""
-    dtype = getattr(torch, options.dtype)
-    return torch.autocast(teacher.model.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _plan(

@@ -151,6 +151,12 @@ def load_teacher(
     return Teacher(model, tokenizer, name, names, hash_weights(folder), found)
 
 
+def at_precision(teacher: Teacher, dtype: str) -> torch.autocast:
+    """Inside, the teacher computes in float32, or by autocast in `dtype`."""
+    kind = getattr(torch, dtype)
+    return torch.autocast(teacher.model.device.type, dtype=kind, enabled=kind != torch.float32)
+
+
 def teacher_task(name: str, task: str | None = None, *, trust_remote_code: bool = False) -> Task:
     """What the model `name` was made for, from its configuration alone."""
     folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)

@@ -42,7 +42,7 @@ import hashlib, json, sys, time
 from dataclasses import astuple
 from softlabels.docstrings import harvest_docstrings
 splits = harvest_docstrings()
-rows = {split: [astuple(row) for row in rows] for split, rows in splits.items()}
+rows = {split: [astuple(row)[:4] for row in rows] for split, rows in splits.items()}
 print(json.dumps({
     "digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     "cpu_seconds": time.process_time(),

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 LAYERS = {
     "cli": ["__main__", "cli"],
     "run": ["run"],
-    "stage": ["dump", "imports", "train", "evaluate"],
+    "stage": ["plan", "dump", "fidelity", "imports", "train", "evaluate"],
     "part": [
         "cache",
         "captures",

@@ -119,6 +119,22 @@ def to_stored(values: Tensor, spec: FieldSpec) -> Tensor:
     return stored.view(torch.int16) if spec.type == "bfloat16" else stored
 
 
+def rounding(values: Tensor, spec: FieldSpec, *, channels: np.ndarray | None = None) -> Tensor:
+    """The most by which `encode` and `decode` may move each of `values`, which are `in_range`: half a step of the type.
+
+    int8 needs the shard's `channels` (width,); the last dimension of `values` is then a vector's.
+    """
+    sizes = values.abs()
+    if spec.type == "int8":
+        assert channels is not None
+        scales = torch.from_numpy(channels).to(values.device)
+        steps = (sizes / scales).amax(dim=-1, keepdim=True) / 127 * scales
+        return steps * 0.501  # a scale is rounded to float32
+    if spec.type == "float16":
+        return sizes * 2.0**-11 + 2.0**-25
+    return sizes * 2.0**-8 if spec.type == "bfloat16" else torch.zeros_like(sizes)
+
+
 def decode(
     stored: np.ndarray,
     spec: FieldSpec,

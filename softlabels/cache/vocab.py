@@ -90,11 +90,20 @@ class VocabTeacher:
 
 def open_vocab(cache: Cache) -> VocabTeacher:
     """What `cache` holds of a vocabulary; the exact logits where it has both. CacheError where it has none."""
-    vocab_size = cache.manifest.teacher.vocab_size
-    names = next((names for names in ([STATES], _plain(), [PACKED]) if names[0] in cache.fields), None)
-    if names is None:
+    forms = open_vocabs(cache)
+    if not forms:
         cache.require(["vocab_ids"], why="a language model's student")
         raise AssertionError("require raises where a field is missing")
+    return forms[0]
+
+
+def open_vocabs(cache: Cache) -> list[VocabTeacher]:
+    """Every form in which `cache` holds logits over a vocabulary, exact ones first."""
+    return [_open(cache, names) for names in ([STATES], _plain(), [PACKED]) if names[0] in cache.fields]
+
+
+def _open(cache: Cache, names: list[str]) -> VocabTeacher:
+    vocab_size = cache.manifest.teacher.vocab_size
     spec = cache.fields[names[0]]
     try:
         form = parse_form(spec.form or "")

@@ -48,8 +48,8 @@ from softlabels.truncated import TruncatedLogits
 VALUE_BITS = 10
 _ODDS_BITS, _SAMPLE_BITS = 13, 16
 _MEAN_BITS = (9, 9, 8, 5, 4)  # at each node: the wider the interval in β, the more a slope's error matters
-_ODDS = (-30.0, 15.0)  # the log-odds that are told apart
-_MEAN_CELLS = 2 ** torch.tensor(_MEAN_BITS)
+ODDS = (-30.0, 15.0)  # the log-odds that are told apart
+MEAN_CELLS = 2 ** torch.tensor(_MEAN_BITS)
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def pack(truncated: TruncatedLogits, *, value_bits: int = VALUE_BITS) -> np.ndar
     odds, slopes = (part.cpu() for part in against_top(truncated))
     odds_codes = _odds_codes(odds)
     top_logsumexp, top_mean = top_nodes(stored)
-    below, above = _chords(top_logsumexp + _odds(odds_codes), stored[:, -1], truncated.tail_count)
+    below, above = chords(top_logsumexp + _odds(odds_codes), stored[:, -1], truncated.tail_count)
     within = (top_mean + slopes - below) / (above - below).clamp(min=1e-12)
-    mean_codes = (within.clamp(0, 1) * _MEAN_CELLS).long().clamp(max=_MEAN_CELLS - 1).numpy()
+    mean_codes = (within.clamp(0, 1) * MEAN_CELLS).long().clamp(max=MEAN_CELLS - 1).numpy()
     sampled = (stored[:, -1:] - truncated.sampled_values.double().cpu()).clamp(min=0)
     high = np.zeros((len(ids), packing.high_bits), np.uint8)
     np.put_along_axis(high, (ids >> packing.low_bits) + np.arange(packing.k), 1, axis=1)
@@ -166,9 +166,9 @@ def unpack(packed: np.ndarray, packing: Packing, *, masked: int = 0) -> Truncate
 
     top_logsumexp, _ = top_nodes(values)
     logsumexp = top_logsumexp + _odds(torch.from_numpy(parts["odds"]))
-    below, above = _chords(logsumexp, values[:, -1], packing.vocab_size - packing.k - masked)
+    below, above = chords(logsumexp, values[:, -1], packing.vocab_size - packing.k - masked)
     mean_codes = np.hstack([parts[f"mean{node}"] for node in range(NODES)])
-    within = (torch.from_numpy(mean_codes) + 0.5) / _MEAN_CELLS
+    within = (torch.from_numpy(mean_codes) + 0.5) / MEAN_CELLS
     gaps = parts["sampled_values"].astype(np.uint16).view(np.float16)
     refuse(~((gaps >= 0) & np.isfinite(gaps)).all(axis=1), "sampled values above the top's")
     return assemble(
@@ -225,12 +225,12 @@ def _from_bytes(packing: Packing, packed: np.ndarray) -> dict[str, np.ndarray]:
 
 def _cells(odds: Tensor) -> Tensor:
     """How many cells lie below each log-odds; their density is what the mass needs plus what the logarithm needs."""
-    low, high = (60 * torch.tensor(end, dtype=torch.float64).sigmoid() + 0.69 * end for end in _ODDS)
+    low, high = (60 * torch.tensor(end, dtype=torch.float64).sigmoid() + 0.69 * end for end in ODDS)
     return (60 * odds.double().sigmoid() + 0.69 * odds - low) / (high - low) * (1 << _ODDS_BITS)
 
 
 def _odds_codes(odds: Tensor) -> Tensor:
-    return _cells(odds.clamp(*_ODDS)).long().clamp(max=(1 << _ODDS_BITS) - 1)
+    return _cells(odds.clamp(*ODDS)).long().clamp(max=(1 << _ODDS_BITS) - 1)
 
 
 def _odds(codes: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _odds(codes: Tensor) -> Tensor:
 @cache
 def _odds_table() -> Tensor:
     """(8192,) by bisection: `_cells` has no closed inverse."""
-    low, high = (torch.full((1 << _ODDS_BITS,), end, dtype=torch.float64) for end in _ODDS)
+    low, high = (torch.full((1 << _ODDS_BITS,), end, dtype=torch.float64) for end in ODDS)
     middles = torch.arange(1 << _ODDS_BITS) + 0.5
     for _ in range(50):
         middle = (low + high) / 2
@@ -250,7 +250,7 @@ def _odds_table() -> Tensor:
     return low
 
 
-def _chords(logsumexp: Tensor, smallest: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def chords(logsumexp: Tensor, smallest: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(T, N) the least and the most that f' can be at each node: the slopes of the chords to its neighbours.
 
     f is convex. Beyond the coldest node the most is the `smallest` (T,) of the top: no tail token is higher.

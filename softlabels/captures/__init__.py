@@ -191,7 +191,10 @@ class TeacherRun:
 
     def take(self, batch: Batch, *, gradients: bool = False) -> dict[str, Tensor]:
         """Every field's values for `batch`."""
-        forward = self.forward(batch, gradients=gradients)
+        return self.values(self.forward(batch, gradients=gradients))
+
+    def values(self, forward: Forward) -> dict[str, Tensor]:
+        """Every field's values in a forward pass that was run."""
         values: dict[str, Tensor] = {}
         for request in self.requests:
             values.update(CAPTURES[request.capture].take(request, forward))
