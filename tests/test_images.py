@@ -25,7 +25,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-import softlabels.dump
 from softlabels.cache import Cache, open_cache
 from softlabels.cache.verify import verify_cache
 from softlabels.captures import TeacherRun
@@ -49,7 +48,12 @@ def save(folder: Path, kind: str = "vit", **changes: Any) -> Path:
     processor: Any = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     config: PretrainedConfig
     if kind == "vit":
-        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        small: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        }
         config = ViTConfig(**small, **body, **names)
     elif kind == "swin":
         config = SwinConfig(**body, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, **names)
@@ -138,7 +142,7 @@ def test_a_cache_of_a_vit_equals_the_live_teacher(folder: Path, tmp_path: Path) 
     fields = batch.teacher.fields
     assert cache.lengths.tolist() == [1 + (SIDE // 4) ** 2] * 11
     assert wanted.logits.std(0).min() > 0.1
-    close = {"atol": 1e-5, "rtol": 1e-5}
+    close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(fields["logits"], wanted.logits, **close)
     for layer in range(3):
         torch.testing.assert_close(fields[f"hidden.{layer:02d}"], wanted.hidden_states[layer], **close)
@@ -181,7 +185,7 @@ def test_a_convolutional_teacher(folder: Path, tmp_path: Path) -> None:
     assert cache.lengths.tolist() == [1] * 11
     torch.testing.assert_close(torch.from_numpy(cache.column("logits")), wanted.logits, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
-        pooled = load_teacher(str(teacher)).model.base_model(pixels).pooler_output.flatten(1)  # type: ignore[operator]
+        pooled = load_teacher(str(teacher)).model.base_model(pixels).pooler_output.flatten(1)
     torch.testing.assert_close(torch.from_numpy(cache.column("pooled")), pooled, atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match="does not say how many layers"):
         dumped(tmp_path / "d", teacher, corpus, capture=["hidden:1"])
@@ -266,7 +270,12 @@ def test_batches_of_large_images_are_small(folder: Path, tmp_path: Path, monkeyp
     """A row of a convolutional teacher is one place long, and counts by its pixels all the same."""
     teacher, rows = save(tmp_path / "resnet", "resnet", size={"shortest_edge": 64}), []
     batch = ImageReader.batch
-    monkeypatch.setattr(ImageReader, "batch", lambda self, some: (rows.append(len(some)), batch(self, some))[1])
+
+    def counts(self: ImageReader, batched: Sequence[TokenizedExample]) -> Any:
+        rows.append(len(batched))
+        return batch(self, batched)
+
+    monkeypatch.setattr(ImageReader, "batch", counts)
     dumped(tmp_path / "c", teacher, corpus_of(folder), batch_tokens=80, shard_rows=11)
     assert rows == [5, 5, 1]  # 64·64 pixels are 16 patches
 
@@ -369,7 +378,7 @@ def test_memory_that_runs_out_opens_the_images_again(
             raise torch.OutOfMemoryError("no room")
         return take(self, batch, **more)
 
-    monkeypatch.setattr(softlabels.dump.TeacherRun, "take", short)
+    monkeypatch.setattr(TeacherRun, "take", short)
     report = dumped(tmp_path / "c", folder / "vit", corpus_of(folder), batch_tokens=68)
     assert report.batch_tokens < 68
     easy, hard = open_cache(tmp_path / "easy"), whole(tmp_path / "c")

@@ -1,6 +1,6 @@
 """Shards through one teacher on one device: rows come in, whole shards of the cache go out.
 
-    tokenise          a thread, a shard ahead
+    tokenise          a thread, a shard ahead; images are opened by threads of their own, a batch ahead
     batch, forward    the calling thread
     write             a thread behind it: copy off the device, range check, convert, put into place, sync, receipt
 
@@ -53,7 +53,7 @@ class Steps:
     pad: Callable[[Sequence[TokenizedExample]], TokenBatch | ImageBatch]  # on the CPU
     take: Callable[[Any], dict[str, torch.Tensor]]  # the forward pass and the captures: a field (B, …)
     device: torch.device
-    expect: Callable[[Sequence[TokenizedExample]], None] = lambda examples: None  # told the batch after the next one
+    expect: Callable[[Sequence[TokenizedExample]], None] = lambda rows: None  # told the rows of the next `pad` but one
 
 
 def run_shards(
