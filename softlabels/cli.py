@@ -45,7 +45,9 @@ CorpusArgument = Annotated[
 ]
 Text = Annotated[
     str | None,
-    typer.Option("--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs"),
+    typer.Option(
+        "--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs; or with the image"
+    ),
 ]
 Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label")]
 Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
@@ -182,7 +184,8 @@ def train_teacher_command(
 
 @app.command(
     "dump",
-    epilog="Example:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6",
+    epilog="Examples:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6 "
+    "  |   softlabels dump images.csv --teacher ./vit --out cache",
 )
 def dump_command(
     corpus: CorpusArgument,
@@ -207,7 +210,8 @@ def dump_command(
         str | None,
         typer.Option(
             help="what the teacher was made for: sequence-classification, multi-label-classification, regression, "
-            "token-classification, masked-lm, causal-lm or sentence-embedding; by default what its config.json says"
+            "token-classification, masked-lm, causal-lm, sentence-embedding or image-classification; by default what "
+            "its config.json says"
         ),
     ] = None,
     maskings: Annotated[int | None, typer.Option(min=1, help="of masked-lm: how often each text is masked")] = None,

@@ -1,8 +1,9 @@
 """Corpora: what the user names on the command line -> rows with id, text (or a pair) and label.
 
 In: a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file; a folder with one such file a split, or one that the datasets
-library's `save_to_disk` wrote; a Hugging Face dataset (`glue/sst2`, `owner/name`, `name:config`, or any of these after
-`hf:`); `builtin:docstrings`. Out: a `Corpus`. Whatever is wrong with the input is one CorpusError that says where.
+library's `save_to_disk` wrote, or of a folder of images a class; a Hugging Face dataset (`glue/sst2`, `owner/name`,
+`name:config`, or any of these after `hf:`); `builtin:docstrings`. Out: a `Corpus`. Whatever is wrong with the input is
+one CorpusError that says where.
 
 A format gives a `Table`, a table gives rows; columns, ids, texts and labels are judged in one place for all
 formats, so the same rows make the same corpus whatever file they come in.
@@ -28,12 +29,14 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from softlabels.errors import CorpusError
+from softlabels.images import find_class_folders, image_fault, need_pillow
 from softlabels.labels import READ_LABELS, read_words
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Example, Label, Task
+from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, Example, Label, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+IMAGE_COLUMNS = ("image", "path", "file")
 TEXT_COLUMNS = (  # pairs first: a question's `sentence` is half of a pair, not a text of its own
     ("text_a", "text_b"),
     ("sentence1", "sentence2"),
@@ -97,14 +100,15 @@ def read_corpus(
 
     `task` says what a label is: a class; several classes, as a list or joined by commas (multi-label); a number or a
     list of them (regression); a tag for each of the words in `tokens`, both lists or joined by spaces (token
-    classification); nothing that is looked for (language and embedding models).
+    classification); nothing that is looked for (language and embedding models). Of image-classification a row is the
+    path of an image, from the corpus's folder, in `image`, `path` or `file`; a folder of a folder a class does too.
     """
     source = os.fspath(source)
     if rows is not None and rows < 1:
         raise CorpusError(f"--rows {rows}: give at least 1")
     names = parse_split(split) if split is not None else None
     try:
-        parts = _open_parts(source, names, limit=rows)
+        parts = _open_parts(source, names, limit=rows, images=task == IMAGES)
     except (OSError, RuntimeError) as error:  # RuntimeError: the '~' of no user
         raise CorpusError(f"corpus {source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     found = [_read_part(part, text=text, label=label, task=task) for part in parts]
@@ -114,16 +118,17 @@ def read_corpus(
     _check_ids(ids, source, joined=len(parts) > 1)
     class_names = next((part.class_names for part in found if part.class_names), None)
     labels = [value for part in found for value in part.labels][:rows]
-    if class_names is None and task == "sequence-classification":
+    if class_names is None and task in ("sequence-classification", IMAGES):
         labels = _unify_labels(labels, source)
     words = (each for part in found for each in part.words)
+    images = (each for part in found for each in part.images)
     texts = (text for part in found for text in part.texts)
     seconds = (second for part in found for second in part.seconds)
     return Corpus(
         source=source,
         split=None if parts[0].split is None else "+".join(str(part.split) for part in parts),
         # `labels` may be the shortest: the first `rows`
-        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, words, strict=False)],
+        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, words, images, strict=False)],
         label_names=None if task == "regression" else _label_names(labels, class_names),
     )
 
@@ -208,6 +213,7 @@ class Table:
     place: Callable[[int], str]  # row number -> "line 12" or "row 11"
     class_names: dict[str, list[str]] = field(default_factory=dict)  # of columns that hold class indices
     split: str | None = None
+    folder: Path = Path()  # from which paths in it lead on
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,7 @@ class _Part:
     labels: list[Label]
     class_names: list[str] | None
     words: list[tuple[str, ...] | None]
+    images: list[str | None]
 
 
 def _read_part(table: Table, *, text: str | None, label: str | None, task: Task) -> _Part:
@@ -230,6 +237,9 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
     if task == "token-classification":
         text_columns = [_choose_words(table, text)]
         label_column = _choose_tags(table, label)
+    elif task == IMAGES:
+        text_columns = [_choose_images(table, text)]
+        label_column = _choose_label(table, label, taken=text_columns)
     else:
         text_columns = _choose_text(table, text)
         labelled = task not in (*LANGUAGE_MODELS, "sentence-embedding")
@@ -245,7 +255,13 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
     if task == "token-classification":
         words = [read_words(value, where=f"{table.where}, {table.place(row)}") for row, value in enumerate(columns[0])]
         columns = [[" ".join(each or ()) for each in words]]
-    _check_texts(table, text_columns, columns, ids if id_column else None)
+    named = ids if id_column else None
+    _check_texts(table, text_columns, columns, named, what="image" if task == IMAGES else "text")
+    images: list[str | None] = [None] * table.rows
+    if task == IMAGES:
+        images = [str(table.folder / path) for path in columns[0]]
+        faults = {row: fault for row, path in enumerate(images) if path and (fault := image_fault(Path(path)))}
+        _refuse_rows(table, faults, named, what="image")
     class_names = table.class_names.get(label_column or "")
     values = table.column(label_column) if label_column else [None] * table.rows
     labels: list[Label]
@@ -258,7 +274,7 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
     else:
         labels = [_clean_label(value, table, row, names=class_names) for row, value in enumerate(values)]
     seconds = columns[1] if len(columns) == 2 else [None] * table.rows
-    return _Part(ids, columns[0], seconds, labels, class_names, words)
+    return _Part(ids, columns[0], seconds, labels, class_names, words, images)
 
 
 def _find_column(table: Table, wanted: str) -> str | None:
@@ -311,6 +327,22 @@ def _choose_text(table: Table, text: str | None) -> list[str]:
         f"{_some(table.names, 'column')}{hint}. Name it with --text; a .csv or .tsv needs a header, "
         f"a first line with the columns' names"
     )
+
+
+def _choose_images(table: Table, text: str | None) -> str:
+    """The column that holds paths of images."""
+    need_pillow()
+    if text is not None:
+        return _need_column(table, text, "--text")
+    found = [column for name in IMAGE_COLUMNS if (column := _find_column(table, name)) is not None]
+    if len(found) > 1:
+        raise CorpusError(f"{table.where} could mean {' or '.join(found)}: name the images' column with --text")
+    if not found:
+        raise CorpusError(
+            f"{table.where} has no {', '.join(IMAGE_COLUMNS)}, a column with the paths of images; it has "
+            f"{_some(table.names, 'column')}. Name it with --text"
+        )
+    return found[0]
 
 
 def _choose_label(table: Table, label: str | None, *, taken: list[str]) -> str | None:
@@ -376,24 +408,34 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _check_texts(table: Table, names: list[str], columns: list[list[Any]], ids: list[str] | None) -> None:
+def _check_texts(table: Table, names: list[str], columns: list[list[Any]], ids: list[str] | None, *, what: str) -> None:
     """CorpusError unless every text is a string with something in it."""
     bad: dict[int, str] = {}
     for name, values in zip(names, columns, strict=True):
         for row, value in enumerate(values):
             if not isinstance(value, str):
                 fault = "is missing" if value is None else f"is of type {type(value).__name__}, not a string"
+                if what == "image" and isinstance(value, dict | bytes):  # as datasets stores images
+                    fault = "holds the image itself, not the path of its file"
             elif not value or value.isspace():
                 fault = "is empty"
             elif not _encodes(value):
                 fault = "has half of a surrogate pair"
             else:
                 continue
-            bad.setdefault(row, f"{table.place(row)}{f' (id {ids[row]!r})' if ids else ''}: '{name}' {fault}")
+            bad.setdefault(row, f"'{name}' {fault}")
+    _refuse_rows(table, bad, ids, what=what)
+
+
+def _refuse_rows(table: Table, bad: dict[int, str], ids: list[str] | None, *, what: str) -> None:
+    """CorpusError where there are `bad` rows: their number, and what is wrong."""
     if bad:
-        listed = "; ".join([bad[row] for row in sorted(bad)[:_SHOWN]] + ["…"] * (len(bad) > _SHOWN))
+        shown = [
+            f"{table.place(row)}{f' (id {ids[row]!r})' if ids else ''}: {bad[row]}" for row in sorted(bad)[:_SHOWN]
+        ]
+        listed = "; ".join(shown + ["…"] * (len(bad) > _SHOWN))
         raise CorpusError(
-            f"{table.where} has {len(bad)} row{'s' if len(bad) > 1 else ''} without a usable text: {listed}. "
+            f"{table.where} has {len(bad)} row{'s' if len(bad) > 1 else ''} without a usable {what}: {listed}. "
             f"Mend or delete {'them' if len(bad) > 1 else 'it'}"
         )
 
@@ -472,8 +514,8 @@ def parse_split(split: str) -> list[str]:
     return names
 
 
-def _open_parts(source: str, splits: list[str] | None, *, limit: int | None) -> list[Table]:
-    """One table for a single file, else one for each split asked for."""
+def _open_parts(source: str, splits: list[str] | None, *, limit: int | None, images: bool = False) -> list[Table]:
+    """One table for a single file, else one for each split asked for. `images`: a folder may have one a class."""
     if source.startswith("builtin:"):
         return _open_builtin(source, splits)
     path = Path(source).expanduser()
@@ -485,6 +527,8 @@ def _open_parts(source: str, splits: list[str] | None, *, limit: int | None) -> 
         return [read_table(path, limit=limit)]
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, splits, limit=limit)
+    if path.is_dir() and images and not any(_split_of(place) for place in path.iterdir()):
+        return _open_class_folders(path, splits, limit=limit)
     if path.is_dir():
         files = _find_split_files(path)
         return [
@@ -542,12 +586,45 @@ def _pick_splits(source: str, asked: list[str] | None, there: list[str]) -> list
     return asked or [DEFAULT_SPLIT]
 
 
+def _open_class_folders(path: Path, splits: list[str] | None, *, limit: int | None) -> list[Table]:
+    """The images of folders called like their classes, which may lie in folders called like splits."""
+    inside = [place for place in sorted(path.iterdir()) if place.is_dir() and not place.name.startswith(".")]
+    folders = {SPLIT_NAMES.get(place.name.casefold()): place for place in inside}
+    chosen: list[tuple[str | None, Path]] = [(None, path)]
+    if folders and None not in folders:  # else they are classes, one of them perhaps called train or test
+        names = [split for split in folders if split is not None]
+        if len(names) < len(inside):
+            raise CorpusError(f"folder {path} holds a split twice, under two of its names: {_some(inside)}. Keep one")
+        chosen = [(split, folders[split]) for split in _pick_splits(str(path), splits, names)]
+    elif splits is not None:
+        raise CorpusError(f"folder {path} has no folders called like splits: leave --split {'+'.join(splits)} out")
+    tables = []
+    for split, folder in chosen:
+        classes = find_class_folders(folder)
+        if not classes:
+            raise CorpusError(
+                f"folder {folder} holds no images in folders of their classes (such as cat/1.png), nor a file called "
+                f"train, dev, test or unlabeled that names them, ending in {', '.join(READERS)}"
+            )
+        rows = [(name, place) for name, places in classes.items() for place in places][:limit]
+        ids = [f"{folder.name}/{place}" if split else place for _, place in rows]
+        columns = {"id": ids, "image": [place for _, place in rows], "label": [name for name, _ in rows]}
+        table = _column_table(columns, where=f"folder {folder}", split=split)
+        tables.append(replace(table, folder=folder))
+    return tables
+
+
+def _split_of(path: Path) -> str | None:
+    """Which split a file of a corpus is; None for any other."""
+    return SPLIT_NAMES.get(path.stem.casefold()) if path.suffix.lower() in READERS and path.is_file() else None
+
+
 def _find_split_files(folder: Path) -> dict[str, Path]:
     """split -> its file in a folder."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        split = SPLIT_NAMES.get(path.stem.casefold())
-        if split is None or path.suffix.lower() not in READERS or not path.is_file():
+        split = _split_of(path)
+        if split is None:
             continue
         if split in files:
             raise CorpusError(
@@ -623,7 +700,7 @@ def read_table(path: Path, *, limit: int | None = None) -> Table:
     table = reader(path, limit)
     if not table.rows:
         raise CorpusError(f"corpus {path} has no rows")
-    return table
+    return replace(table, folder=path.parent)
 
 
 def _read_text(path: Path) -> str:

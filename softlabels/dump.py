@@ -17,8 +17,8 @@ from typing import Any
 import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C while it imports numpy itself
 import torch
 
-from softlabels.cache.build import build_cache, check_rows, plan_manifest, teacher_card
-from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard
+from softlabels.cache.build import build_cache, check_rows, image_teacher_card, plan_manifest, teacher_card
+from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
 from softlabels.captures import TeacherRun, parse_captures, prepare
@@ -29,12 +29,13 @@ from softlabels.config import DumpOptions, Masking
 from softlabels.corpus import Corpus
 from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
-from softlabels.errors import TeacherError
+from softlabels.errors import ConfigError, TeacherError
+from softlabels.pixels import ImageReader, check_sequence
 from softlabels.progress import progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import pad_batch, resolve_max_length
-from softlabels.types import Example, TokenBatch, TokenizedExample
+from softlabels.types import IMAGES, Example, ImageBatch, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
 
@@ -82,24 +83,36 @@ def dump(
         teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code, task=options.task
     )
     requests = choose_captures(requests, loaded.task)
+    if loaded.task == IMAGES and options.max_length is not None:
+        raise ConfigError("--max-length: images have no length to be cut to")
+    if loaded.task == IMAGES and devices:
+        raise ConfigError("--devices: images are dumped by one process so far; leave it out")
     masking = _masking(loaded, options)
     if masking is not None:
         corpus = mask_often(corpus, masking)
     labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
-    max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
     first = _first_to_try(corpus)
-    probe = _probe(first, loaded, options, max_length=max_length)
-    run = prepare(loaded.model, requests, probe, vocab_size=len(loaded.tokenizer))
+    probe: TokenBatch | ImageBatch
+    if loaded.task == IMAGES:
+        images = ImageReader(loaded.processor, loaded.model, first=corpus.examples[0])
+        max_length, probe, vocab_size = images.length, images.probe, 0
+    else:
+        images, vocab_size = None, len(loaded.tokenizer)
+        max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
+        probe = _probe(first, loaded, options, max_length=max_length)
+    run = prepare(loaded.model, requests, probe, vocab_size=vocab_size)
     with at_precision(loaded, options.dtype):
         fields = run.fields(probe, codec=options.codec)
+        if images is not None:
+            check_sequence(fields, run.take(probe), length=images.length)
         manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels, masking=masking)
         head = _head(loaded, run, probe)
-        with build_cache(out, manifest, tokenizer=loaded.tokenizer, config=loaded.model.config, head=head) as build:
+        with build_cache(out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
                 earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))
-                run = prepare(loaded.model, requests + earlier, probe, vocab_size=len(loaded.tokenizer))
+                run = prepare(loaded.model, requests + earlier, probe, vocab_size=vocab_size)
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
@@ -109,7 +122,11 @@ def dump(
                     )
                     outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
                 else:
-                    steps = _steps(loaded, run, options, max_length=max_length)
+                    steps = (
+                        _steps(loaded, run, options, max_length=max_length)
+                        if images is None
+                        else _image_steps(loaded, run, images)
+                    )
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
     return DumpReport(
@@ -146,7 +163,7 @@ def _probe(row: Example, teacher: Teacher, options: DumpOptions, *, max_length: 
     return _batch(teacher, tokens.examples)
 
 
-def _head(teacher: Teacher, run: TeacherRun, probe: TokenBatch) -> OutputHead | None:
+def _head(teacher: Teacher, run: TeacherRun, probe: TokenBatch | ImageBatch) -> OutputHead | None:
     """The teacher's output head, where logits are to be rebuilt from what it sees."""
     if all((request.capture, request.form) != ("vocab", "exact") for request in run.requests):
         return None
@@ -234,6 +251,16 @@ class _Again:
             yield _steps(loaded, run, self.options, max_length=self.max_length)
 
 
+def _image_steps(teacher: Teacher, run: TeacherRun, images: ImageReader) -> Steps:
+    return Steps(
+        tokenize=lambda task: images.tokenize(task.examples, task.labels.classes),
+        pad=images.batch,
+        take=run.take,
+        device=teacher.model.device,
+        expect=images.expect,
+    )
+
+
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:
     return pad_batch(examples, pad_token_id=_pad_id(teacher)).to(teacher.model.device)
 
@@ -256,21 +283,27 @@ def _plan(
     return plan_manifest(
         corpus,
         labelled=labels.labelled,
-        teacher=teacher_card(
-            teacher.tokenizer,
-            name=teacher.name,
-            weights_hash=teacher.weights_hash,
-            label_names=teacher.label_names,
-            task=teacher.task,
-        ),
-        tokenizer=teacher.tokenizer,
+        teacher=_card(teacher),
+        tokenizer=teacher.reader,
         dump=DumpCard(
             max_length=max_length,
             shard_rows=options.shard_rows,
             batch_tokens=options.batch_tokens,
             dtype=options.dtype,
-            text=options.text,
+            text=options.text and teacher.task != IMAGES,
             masking=None if masking is None else MaskingCard(**masking.model_dump()),
         ),
         fields=fields,
+    )
+
+
+def _card(teacher: Teacher) -> TeacherCard:
+    if teacher.task == IMAGES:
+        return image_teacher_card(name=teacher.name, weights_hash=teacher.weights_hash, label_names=teacher.label_names)
+    return teacher_card(
+        teacher.tokenizer,
+        name=teacher.name,
+        weights_hash=teacher.weights_hash,
+        label_names=teacher.label_names,
+        task=teacher.task,
     )

@@ -26,7 +26,7 @@ import xxhash
 from softlabels.errors import TeacherError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 MINILM_NAMES = ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
@@ -45,6 +45,7 @@ _VOCABULARIES = (
     "*.tiktoken",
     "bpe.codes",
 )
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of teachers of images, instead
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}  # they have no vocabulary file
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _Result = TypeVar("_Result")
@@ -133,6 +134,29 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
+def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> BaseImageProcessor:
+    """The folder's image processor, as Pillow and numpy compute it.
+
+    That is so where torchvision is installed too: it resizes with other roundings, and rows of images join by their
+    pixels, which must be the same wherever a dump goes on. Only a processor that has no other form uses torchvision.
+    """
+    from softlabels.images import need_pillow
+
+    need_pillow()
+    if not any((folder / name).is_file() for name in _PROCESSORS):
+        raise TeacherError(
+            f"{folder} has no {_PROCESSORS[0]}, which says what size and colours the model takes: save the model's own "
+            f"image processor there too"
+        )
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet_transformers():
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, backend="pil")
+    except Exception as error:  # settings can be wrong in as many ways as there are processors
+        raise TeacherError(f"the image processor in {folder} does not load: {_first_line(error)}") from error
+
+
 def reset_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Forget the cutting and padding of earlier calls, which save_pretrained would write to disk."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -171,10 +195,13 @@ def _fault(folder: Path) -> str | None:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
                 return f"{path} is only a Git LFS pointer, not the weights: run `git lfs pull` in {folder}"
-    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+    if not any(any(folder.glob(pattern)) for pattern in (*_VOCABULARIES, *_PROCESSORS)):
         settings = folder / "tokenizer_config.json"
         if not settings.is_file() or _read_json(settings).get("tokenizer_class") not in _BYTE_TOKENIZERS:
-            return f"{folder} has no tokenizer (tokenizer.json, vocab.txt, …): save the model's own there too"
+            return (
+                f"{folder} has no tokenizer (tokenizer.json, vocab.txt, …) and no image processor ({_PROCESSORS[0]}): "
+                f"save the model's own there too"
+            )
     return None
 
 
@@ -187,7 +214,7 @@ def _no_safetensors(where: str, names: list[str]) -> str:
 
 
 def _refuse_remote_code(folder: Path, trusted: bool) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", *_PROCESSORS):
         path = folder / name
         if path.is_file() and _read_json(path).get("auto_map") and not trusted:
             raise TeacherError(

@@ -17,6 +17,7 @@ from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import ConfigError, CorpusError, TeacherError
 from softlabels.tokens import Tokenized, tokenize
 from softlabels.types import (
+    IMAGES,
     LANGUAGE_MODELS,
     NO_LABEL,
     TASKS,
@@ -38,6 +39,7 @@ _ENDINGS: tuple[tuple[str, Task], ...] = (
     ("ForMaskedLM", "masked-lm"),
     ("ForPreTraining", "masked-lm"),
     ("ForCausalLM", "causal-lm"),
+    ("ForImageClassification", "image-classification"),
     ("LMHeadModel", "causal-lm"),
     ("Model", "sentence-embedding"),
 )
@@ -49,6 +51,7 @@ AUTO_CLASSES: dict[Task, str] = {
     "masked-lm": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
     "sentence-embedding": "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
 }
 
 
@@ -110,7 +113,9 @@ class TaskLabels:
 def encode_task_labels(task: Task, examples: Sequence[Example], label_names: Sequence[str]) -> TaskLabels:
     """The rows' labels for a teacher of these `label_names`; CorpusError names those that it doesn't know."""
     none = [NO_LABEL] * len(examples)
-    if task == "sequence-classification":
+    if task == IMAGES and (missing := [example.id for example in examples if example.image is None]):
+        raise CorpusError(f"row '{missing[0]}' has no image, which a teacher for {task} looks at")
+    if task in ("sequence-classification", IMAGES):
         return TaskLabels(encode_labels(examples, label_names))
     if task in VECTOR_LABELS:
         return TaskLabels(none, vectors=_vectors(task, examples, label_names))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from softlabels.corpus import Corpus, check_trainable, encode_labels
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.pretrained import (
     hash_weights,
+    load_image_processor,
     load_tokenizer,
     quiet_transformers,
     reset_tokenizer,
@@ -35,10 +36,10 @@ from softlabels.pretrained import (
 from softlabels.progress import progress
 from softlabels.tasks import AUTO_CLASSES, check_tokenizer, find_task, has_label_names
 from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, shuffled_batches, tokenize
-from softlabels.types import NO_LABEL, VECTOR_LABELS, Task, TokenizedExample
+from softlabels.types import IMAGES, NO_LABEL, VECTOR_LABELS, Task, TokenizedExample
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT, VERSION = "softlabels-teacher", 1
 METRIC = "accuracy"
@@ -50,11 +51,25 @@ class Teacher:
     """A model ready to be asked. `label_names` are in the order of its logits, (B, C) or (B, L, C)."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    reader: PreTrainedTokenizerBase | BaseImageProcessor  # the second where `task` is image-classification
     name: str
     label_names: list[str]
     weights_hash: str  # xxh3-128 (hex) of its safetensors files and config.json
     task: Task = "sequence-classification"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """TeacherError where the teacher reads images."""
+        if self.task == IMAGES:
+            raise TeacherError(f"{self.name} reads images: it has no tokenizer")
+        return cast("PreTrainedTokenizerBase", self.reader)
+
+    @property
+    def processor(self) -> BaseImageProcessor:
+        """TeacherError where the teacher reads texts."""
+        if self.task != IMAGES:
+            raise TeacherError(f"{self.name} reads texts: it has no image processor")
+        return cast("BaseImageProcessor", self.reader)
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,7 @@ def load_teacher(
     """The model `name` (folder or hub name) for `task` (what its config.json says), frozen, in eval mode, in `dtype`.
 
     TeacherError: not found, not safetensors, code not trusted, no trained head for the task, no names for its classes,
-    or a tokenizer that does not fit.
+    or no tokenizer (image processor) that fits.
     """
     folder = resolve_pretrained(name, trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
@@ -144,11 +159,14 @@ def load_teacher(
     model = _load_with_head(
         name, folder, config=config, task=found, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
     )
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    check_tokenizer(found, tokenizer)
-    _fit_tokenizer(model, tokenizer, folder)
+    if found == IMAGES:
+        reader: Any = load_image_processor(folder, trust_remote_code=trust_remote_code)
+    else:
+        reader = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        check_tokenizer(found, reader)
+        _fit_tokenizer(model, reader, folder)
     model.eval().requires_grad_(False).to(_pick_device(device))
-    return Teacher(model, tokenizer, name, names, hash_weights(folder), found)
+    return Teacher(model, reader, name, names, hash_weights(folder), found)
 
 
 def at_precision(teacher: Teacher, dtype: str) -> torch.autocast:

@@ -69,7 +69,12 @@ def tokenize(
 
 
 def token_hash(example: TokenizedExample) -> int:
-    """xxh3-64 of the token ids (int32, little-endian) and token types (uint8): the content that rows join by."""
+    """xxh3-64 of the token ids (int32, little-endian) and token types (uint8), or of an image's pixels.
+
+    That is the content that rows join by.
+    """
+    if example.content is not None:
+        return example.content.hash()
     hasher = xxhash.xxh3_64(example.input_ids.astype("<i4").tobytes())
     if example.token_type_ids is not None:
         hasher.update(example.token_type_ids.tobytes())
@@ -80,6 +85,12 @@ def count_row_targets(example: TokenizedExample) -> int:
     """How many tokens of a row have a label of their own."""
     labels = example.labels
     return 0 if labels is None or labels.dtype != np.int32 else int(np.count_nonzero(labels != NO_LABEL))
+
+
+def count_tokens(example: TokenizedExample) -> int:
+    """What a row counts for in a batch: its tokens; of an image as many as it has room for, where these are more."""
+    tokens = len(example.input_ids)
+    return tokens if example.content is None else max(tokens, example.content.tokens)
 
 
 def batches_by_length(

@@ -11,7 +11,7 @@ Nothing heavy is imported here, so that the light paths of the command line stay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from softlabels.errors import CacheError
 
@@ -38,11 +38,13 @@ Task = Literal[
     "masked-lm",
     "causal-lm",
     "sentence-embedding",
+    "image-classification",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
 LANGUAGE_MODELS = ("masked-lm", "causal-lm")
 TOKEN_LABELS = ("token-classification", *LANGUAGE_MODELS)  # tasks with a label a token
 VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
+IMAGES: Task = "image-classification"  # the task whose rows are image files, and not texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,16 @@ class Example:
     text_b: str | None = None
     label: Label = None
     words: tuple[str, ...] | None = None  # the text as words that have tags; `text` joins them by spaces
+    image: str | None = None  # the file with the image that the row is; `text` is what the corpus calls it
+
+
+class Content(Protocol):
+    """What a row is beside its tokens: an image, opened when it is needed."""
+
+    @property
+    def tokens(self) -> int: ...  # that it counts for in a batch
+
+    def hash(self) -> int: ...  # xxh3-64, the content that rows join by
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,7 @@ class TokenizedExample:
     text: str
     text_b: str | None
     labels: np.ndarray | None = None  # (L,) int32 or (C,) float32 where the task has such labels; see the cache format
+    content: Content | None = None  # of an image; `input_ids` are zeros then, one for each place of its sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,23 @@ class TokenBatch:
         """The same batch on another device."""
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
         return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """A batch of images as their teacher's image processor makes them, all of one size: there is no padding."""
+
+    pixel_values: Tensor  # (B, 3, height, width) float32
+    labels: Tensor  # (B,) int64, NO_LABEL where there is none
+    attention_mask: None = None
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a transformers model's forward."""
+        return {"pixel_values": self.pixel_values}
+
+    def to(self, device) -> ImageBatch:
+        """The same batch on another device."""
+        return ImageBatch(self.pixel_values.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A folder is one cache from its first manifest on: a dump with another configurat
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from softlabels.cache.files import lock, sweep_temporary, sync_folder, write_file
 from softlabels.cache.format import (
@@ -39,14 +40,16 @@ from softlabels.cache.format import (
 )
 from softlabels.cache.head import OutputHead, save_head
 from softlabels.cache.inside import read_inside
-from softlabels.cache.settings import folder_receipt
+from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
 from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
-from softlabels.types import Task
+from softlabels.types import IMAGES, Task
+
+Reader = PreTrainedTokenizerBase | BaseImageProcessor  # what a teacher reads its rows by
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ def plan_manifest(
     *,
     labelled: int,
     teacher: TeacherCard,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     dump: DumpCard,
     fields: dict[str, FieldSpec],
 ) -> Manifest:
@@ -143,7 +146,7 @@ def plan_manifest(
         version=VERSION,
         complete=False,
         teacher=teacher,
-        tokenizer_hash=tokenizer_hash(tokenizer),
+        tokenizer_hash=reader_hash(tokenizer),
         corpus=CorpusCard(
             source=corpus.source,
             split=corpus.split,
@@ -182,6 +185,20 @@ def teacher_card(
     )
 
 
+def image_teacher_card(*, name: str, weights_hash: str, label_names: list[str]) -> TeacherCard:
+    """Who spoke, of a teacher that has no vocabulary."""
+    return TeacherCard(
+        name=name,
+        weights_hash=weights_hash,
+        task=IMAGES,
+        label_names=label_names,
+        vocab_size=1,
+        pad_token_id=0,
+        unk_token_id=None,
+        token_types=False,
+    )
+
+
 def _bytes_of(folder: Path, name: str) -> bytes | None:
     try:
         return read_inside(folder, name, limit=MANIFEST_LIMIT)
@@ -203,7 +220,7 @@ def build_cache(
     folder: Path,
     manifest: Manifest,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     config: PretrainedConfig | None,
     head: OutputHead | None = None,
 ) -> Iterator[CacheBuild]:
@@ -225,7 +242,10 @@ def build_cache(
             _save_folder(folder / "teacher", config)
         if head is not None:
             save_head(folder, head)
-        if not (folder / "tokenizer").is_dir():
+        if isinstance(tokenizer, BaseImageProcessor):
+            if not (folder / "processor").is_dir():
+                _save_folder(folder / "processor", tokenizer)
+        elif not (folder / "tokenizer").is_dir():
             reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)
         if previous is None or not previous.complete:
@@ -247,6 +267,7 @@ def _previous(folder: Path) -> Manifest | None:
     if set(strangers) - {
         "teacher",
         "tokenizer",
+        "processor",
     }:  # a dump that was killed before its first manifest leaves at most these
         raise CacheError(
             f"{folder} is not empty and no cache (it holds {', '.join(sorted(strangers)[:5])}): choose another --out"
@@ -271,7 +292,7 @@ def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) ->
         )
 
 
-def _save_folder(path: Path, part: PretrainedConfig | PreTrainedTokenizerBase) -> None:
+def _save_folder(path: Path, part: PretrainedConfig | Reader) -> None:
     """A folder that transformers writes, whole or not there."""
     draft = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(draft, ignore_errors=True)
@@ -294,6 +315,13 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def reader_hash(reader: Reader) -> str:
+    """What stands in a manifest as `tokenizer_hash`."""
+    if isinstance(reader, BaseImageProcessor):
+        return hash_processor(json.loads(reader.to_json_string()))
+    return tokenizer_hash(reader)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,8 +3,9 @@
 A cache is a folder:
 
     manifest.json            what the cache holds (`Manifest` below), UTF-8 JSON; its existence makes a folder a cache
-    receipt.json             the hashes of manifest.json and of every file of tokenizer/ and teacher/ (`FolderReceipt`)
-    tokenizer/               the teacher's tokenizer, as transformers saves it
+    receipt.json             the hashes of manifest.json and of every file of the three folders below (`FolderReceipt`)
+    tokenizer/               the teacher's tokenizer, as transformers saves it; or of a teacher of images instead
+    processor/               its image processor, saved likewise: preprocessor_config.json
     teacher/config.json      the teacher's configuration, where it is known; never its weights, but for
     teacher/head.safetensors the output head, where `vocab_states` are kept: `weight` (V, D), `bias` (V), `softcap` (1)
     examples/00000.arrow     one folder a field, one file a shard, numbered from 0 with at least five digits
@@ -27,7 +28,8 @@ where the teacher's task has more than one class a row (below); `text` and `text
 texts (`text_b` is empty for single texts).
 
 **Labels.** `teacher.task` in the manifest says what the teacher was made for, and what `labels` holds:
-    sequence-classification, sentence-embedding      no `labels`; `label` is the class
+    sequence-classification, sentence-embedding,
+    image-classification                             no `labels`; `label` is the class
     multi-label-classification, regression           fixed_size_list<float32>[number of label_names]: 0 or 1 for each
                                                      class, or the targets; all NaN in a row without
     token-classification                             list<int32>, a class a token; -100 where there is none, such as
@@ -37,7 +39,14 @@ texts (`text_b` is empty for single texts).
     causal-lm                                        list<int32>, the id of the next token; -100 at the last one. What a
                                                      field says of a token is the prediction of its label: the shift is
                                                      done, once, here
-In all but the first line `label` is -100. A token whose label isn't -100 is a **target**.
+In all but the first lines `label` is -100. A token whose label isn't -100 is a **target**.
+
+**Images.** A row of image-classification stands for an image file, of which the cache holds neither pixels nor path.
+`input_ids` are zeros, as many as the teacher's sequence is long: of a ViT the patches and what stands before them; 1 of
+a model that has no one sequence, such as a convolutional one. `token_hash` is the xxh3-64 over the pixels as the image
+processor gives them, float32, channels, rows, columns. In the manifest `teacher.vocab_size` is 1, `pad_token_id` 0,
+`unk_token_id` null, `token_types` false, `dump.text` false, and `tokenizer_hash` the xxh3-128 over the processor's
+settings as JSON with sorted keys, without spaces.
 
 **Other fields** have a column named like the field, of one of four kinds (`kind` in the manifest):
     row    fixed_size_list<T>[width]      `logits`: width = number of classes; `hidden.06@cls` and `@mean`: the first
@@ -106,7 +115,7 @@ from pydantic import (
 
 from softlabels.cache.inside import read_inside
 from softlabels.errors import CacheError
-from softlabels.types import LANGUAGE_MODELS, TOKEN_LABELS, Task
+from softlabels.types import IMAGES, LANGUAGE_MODELS, TOKEN_LABELS, Task
 
 FORMAT: Literal["softlabels-cache"] = "softlabels-cache"
 VERSION: Literal[1] = 1
@@ -244,7 +253,7 @@ class TeacherCard(_Part):
 
     @model_validator(mode="after")
     def _named(self) -> TeacherCard:
-        least = 2 if self.task in ("sequence-classification", "token-classification") else 1
+        least = 2 if self.task in ("sequence-classification", "token-classification", IMAGES) else 1
         if self.task in (*LANGUAGE_MODELS, "sentence-embedding"):
             if self.label_names:
                 raise ValueError(f"a teacher for {self.task} has no label_names")
@@ -294,7 +303,7 @@ class Manifest(_Part):
     version: Literal[1]
     complete: bool
     teacher: TeacherCard
-    tokenizer_hash: str
+    tokenizer_hash: str  # of a teacher of images: of its image processor
     corpus: CorpusCard
     dump: DumpCard
     fields: dict[str, FieldSpec]

@@ -27,7 +27,7 @@ from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.tokens import shuffled_batches, windowed_batches
-from softlabels.types import TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
+from softlabels.types import IMAGES, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
 
 if TYPE_CHECKING:
     import datasets
@@ -127,6 +127,8 @@ class Cache:
 
     def texts(self) -> list[tuple[str, str | None]]:
         """(text, text_b) of every row; CacheError where the cache was dumped without texts."""
+        if self.manifest.teacher.task == IMAGES:
+            raise CacheError(f"cache {self.path} is of images: it holds no texts")
         if not self.manifest.dump.text:
             raise CacheError(
                 f"cache {self.path} holds no texts: it was dumped with --no-text. Dump it again without, into another "
@@ -184,6 +186,8 @@ class Cache:
         """The teacher's tokenizer, from the cache; CacheError where it is damaged, or asks for code to be loaded."""
         from softlabels.cache.settings import load_tokenizer
 
+        if self.manifest.teacher.task == IMAGES:
+            raise CacheError(f"cache {self.path} is of images: it has no tokenizer, but an image processor")
         return load_tokenizer(self.path)
 
     # ------------------------------------------------------------------------------------------------- batches

@@ -1,14 +1,16 @@
-"""The small folders of a cache, tokenizer/ and teacher/: loaded without running anything of theirs, and hashed.
+"""The small folders of a cache, tokenizer/ (or processor/) and teacher/: loaded without running any code, and hashed.
 
 They are what transformers wrote: JSON and word lists. Code (`auto_map`, .py) and pickles are never loaded from a cache.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softlabels.cache.files import hash_handle
 from softlabels.cache.format import MANIFEST, FolderReceipt, read_settings
@@ -18,7 +20,7 @@ from softlabels.errors import CacheError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOLDERS = ("teacher", "tokenizer")
+FOLDERS = ("processor", "teacher", "tokenizer")
 # JSON, word lists and sentencepiece models; nothing that Python would run or unpickle
 _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".vocab", ".codes", ".tiktoken"}
 _MOST_FILES = 1000
@@ -49,8 +51,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CacheError(f"the tokenizer in {path} does not load: {words}") from None
 
 
+def hash_processor(settings: Mapping[str, Any]) -> str:
+    """xxh3-128 over an image processor's settings: equal processors give equal pixels."""
+    import xxhash
+
+    return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_processor_hash(folder: Path) -> str:
+    """`hash_processor` of the cache at `folder`; CacheError where its settings are missing or damaged."""
+    try:
+        return hash_processor(read_settings(folder, "processor", "preprocessor_config.json"))
+    except FileNotFoundError:
+        raise CacheError(f"{folder / 'processor' / 'preprocessor_config.json'} is missing") from None
+
+
 def settings_files(folder: Path, part: str) -> list[str]:
-    """The files of tokenizer/ or teacher/ by their paths inside the cache, sorted; none where the folder isn't there.
+    """The files of a small folder by their paths inside the cache, sorted; none where the folder isn't there.
 
     CacheError for a link or anything else that is no regular file.
     """
@@ -79,7 +96,7 @@ def settings_files(folder: Path, part: str) -> list[str]:
 
 
 def settings_hashes(folder: Path) -> dict[str, str]:
-    """Path inside the cache → xxh3-128, of every file in tokenizer/ and teacher/."""
+    """Path inside the cache → xxh3-128, of every file in the small folders."""
     hashes = {}
     for part in FOLDERS:
         for name in settings_files(folder, part):

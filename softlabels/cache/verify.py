@@ -41,10 +41,11 @@ from softlabels.cache.format import (
 )
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.members import Members
-from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer
+from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer, read_processor_hash
 from softlabels.cache.shards import check_lengths, open_shard
 from softlabels.errors import CacheError
 from softlabels.progress import Update, progress
+from softlabels.types import IMAGES
 
 Kind = Literal[
     "unfinished",  # the dump that wrote the cache has not ended
@@ -187,13 +188,15 @@ class _Check:
                 self.notes.append(f"{RECEIPT} is missing: {MANIFEST} and teacher/ can't be checked byte by byte")
         except CacheError as error:
             self.fault("manifest", str(error))
+        images = manifest.teacher.task == IMAGES
+        part, what = ("processor", "image processor") if images else ("tokenizer", "tokenizer")
         try:
-            right = tokenizer_hash(load_tokenizer(self.folder)) == manifest.tokenizer_hash
+            there = read_processor_hash(self.folder) if images else tokenizer_hash(load_tokenizer(self.folder))
         except CacheError as error:
-            self.fault("manifest", str(error), remove=["tokenizer"])
+            self.fault("manifest", str(error), remove=[part])
         else:
-            if not right:
-                self.fault("manifest", "tokenizer/ is another tokenizer than the teacher's", remove=["tokenizer"])
+            if there != manifest.tokenizer_hash:
+                self.fault("manifest", f"{part}/ is another {what} than the teacher's", remove=[part])
 
     def _compare_settings(self, now: dict[str, str], receipt: FolderReceipt) -> None:
         for name in sorted(now.keys() | receipt.files.keys()):

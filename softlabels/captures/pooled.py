@@ -41,4 +41,4 @@ def take(request: Request, forward: Forward) -> dict[str, Tensor]:
             "--capture pooled: the teacher has no pooler: capture hidden:LAYER@cls (the first token's state) or "
             "hidden:LAYER@mean (the mean over the tokens) of its last layer instead"
         )
-    return {"pooled": values}
+    return {"pooled": values.flatten(1)}  # a convolutional model pools to (B, D, 1, 1)

@@ -1,6 +1,6 @@
 """Shards through one teacher on one device: rows come in, whole shards of the cache go out.
 
-    tokenise          a thread, a shard ahead
+    tokenise          a thread, a shard ahead; images are opened by threads of their own, a batch ahead
     batch, forward    the calling thread
     write             a thread behind it: copy off the device, range check, convert, put into place, sync, receipt
 
@@ -30,8 +30,8 @@ from softlabels.engines.carry import Carried, Carrier
 from softlabels.errors import TeacherError
 from softlabels.progress import Update
 from softlabels.tasks import TaskLabels
-from softlabels.tokens import Tokenized, batches_by_length, count_row_targets
-from softlabels.types import Example, TokenBatch, TokenizedExample
+from softlabels.tokens import Tokenized, batches_by_length, count_row_targets, count_tokens
+from softlabels.types import Example, ImageBatch, TokenBatch, TokenizedExample
 
 _ROOM = {"cpu": 1, "cuda": 3}  # a GPU is ahead of what it was told by some batches; elsewhere one is in work
 
@@ -51,9 +51,10 @@ class Steps:
     """What a stage does with a shard on one device; the engine knows when, and never what it means."""
 
     tokenize: Callable[[ShardTask], Tokenized]  # called in a thread of its own
-    pad: Callable[[Sequence[TokenizedExample]], TokenBatch]  # on the CPU
-    take: Callable[[TokenBatch], dict[str, torch.Tensor]]  # the forward pass and the captures: a field (B, …)
+    pad: Callable[[Sequence[TokenizedExample]], TokenBatch | ImageBatch]  # on the CPU
+    take: Callable[[Any], dict[str, torch.Tensor]]  # the forward pass and the captures: a field (B, …)
     device: torch.device
+    expect: Callable[[Sequence[TokenizedExample]], None] = lambda rows: None  # told the rows of the next `pad` but one
 
 
 def run_shards(
@@ -92,12 +93,12 @@ def run_shards(
                 if set(task.missing) - {EXAMPLES}:
                     for batch in teacher.batches(rows.examples):
                         # with the first batch and the last: a step of its own would take a batch's room
-                        last = [shards.commit] if batch.last else []
+                        last = [partial(shards.commit, task, rows)] if batch.last else []
                         behind.give([*first, partial(shards.write, batch), *last])
                         first = []
                         del batch
                 else:
-                    behind.give([*first, shards.commit])
+                    behind.give([*first, partial(shards.commit, task, rows)])
             behind.finish()
     finally:
         shards.discard()
@@ -147,18 +148,20 @@ class _Teacher:
 
     def batches(self, examples: Sequence[TokenizedExample]) -> Iterator[_Batch]:
         """The shard's rows, longest first, with their values."""
-        lengths = np.array([len(example.input_ids) for example in examples])
+        lengths = np.array([count_tokens(example) for example in examples])
         waiting = self._split(np.arange(len(examples)), lengths)
         while waiting:
             numbers = waiting.popleft()
             batch = [examples[number] for number in numbers]
+            if waiting:
+                self.steps.expect([examples[number] for number in waiting[0]])
             values = self._try(batch)
             if values is None:
                 self._halve(batch)
                 waiting = self._split(np.sort(np.concatenate([numbers, *waiting])), lengths)
                 continue
             budget = self.budget if self.budget < self.asked else None
-            done = _Done(len(numbers), int(lengths[numbers].sum()), budget)
+            done = _Done(len(numbers), sum(len(example.input_ids) for example in batch), budget)
             yield _Batch(numbers, [example.id for example in batch], values, done, last=not waiting)
             del values
 
@@ -179,7 +182,7 @@ class _Teacher:
         return None  # not in the except block, which holds on to the forward pass's memory
 
     def _halve(self, batch: Sequence[TokenizedExample]) -> None:
-        longest = max(len(example.input_ids) for example in batch)
+        longest = max(count_tokens(example) for example in batch)
         if len(batch) == 1:
             raise TeacherError(
                 f"memory ran out on {self.steps.device} for example {batch[0].id} alone, of {longest} tokens: give a "
@@ -200,7 +203,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _send(batch: TokenBatch, device: torch.device) -> TokenBatch:
+def _send(batch: TokenBatch | ImageBatch, device: torch.device) -> TokenBatch | ImageBatch:
     """The batch on the device; the calling thread does not wait for what a GPU is doing."""
     if device.type != "cuda":
         return batch.to(device)
@@ -219,11 +222,8 @@ class _Shards:
     def __init__(self, build: CacheBuild, overflow: Overflow) -> None:
         self.build, self.overflow = build, overflow
         self.writers: dict[str, FieldShard] = {}
-        self.shard, self.join = 0, ""
 
     def begin(self, task: ShardTask, rows: Tokenized) -> None:
-        if EXAMPLES in task.missing:
-            self.build.write_examples(task.shard, rows)
         lengths = np.array([len(example.input_ids) for example in rows.examples])
         targets = np.array([count_row_targets(example) for example in rows.examples])
         for field in task.missing:
@@ -237,17 +237,20 @@ class _Shards:
                     targets=targets,
                     overflow=self.overflow,
                 )
-        self.shard, self.join = task.shard, join_hash(rows.examples)
 
     def write(self, batch: _Batch) -> _Done:
         batch.values.write(self.writers, batch.numbers, ids=batch.ids)
         return batch.done
 
-    def commit(self) -> _Whole:
+    def commit(self, task: ShardTask, rows: Tokenized) -> _Whole:
+        """Last, since what an image holds is known only once it was opened."""
+        if EXAMPLES in task.missing:
+            self.build.write_examples(task.shard, rows)
+        join = join_hash(rows.examples) if self.writers else ""
         for writer in self.writers.values():
-            writer.commit(self.join)
+            writer.commit(join)
         self.writers = {}
-        return _Whole(self.shard)
+        return _Whole(task.shard)
 
     def discard(self) -> None:
         """Forget what isn't whole."""
