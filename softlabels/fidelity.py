@@ -44,7 +44,7 @@ from softlabels.pretrained import hash_weights, resolve_pretrained
 from softlabels.progress import progress
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.truncated import TruncatedLogits, truncate
-from softlabels.types import MASKED, TokenBatch
+from softlabels.types import IMAGES, MASKED, TokenBatch
 
 _NOISE, _FLOOR = 4.0, 2.0**-17  # of the rule
 _LARGEST_BATCH = {"first": 8, "second": 5}  # rows
@@ -110,6 +110,8 @@ def verify_live(
     started = time.monotonic()
     cache = open_cache(path)
     cache.require(fields or [], why="--field")
+    if cache.manifest.teacher.task == IMAGES:
+        raise CacheError(f"cache {path} is of images, whose pixels it does not hold: verify --live is for texts so far")
     chosen = sorted(fields or cache.fields)
     if not chosen:
         raise CacheError(f"cache {path} holds no field that a teacher could be held against")

@@ -38,12 +38,12 @@ from softlabels.captures.choose import choose_captures
 from softlabels.captures.output_head import keep_head, only_targets
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
-from softlabels.errors import TeacherError
+from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import progress
 from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, TokenBatch, TokenizedExample
+from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, TokenBatch, TokenizedExample
 
 TEMPERATURES, TOPS = (1.0, 2.0, 4.0, 8.0), (16, 32, 64, 128)
 _TIMED = 3  # batches, at even distances from the longest to the shortest
@@ -128,6 +128,10 @@ def plan_dump(
     requests = parse_captures(options.capture)
     check_rows(corpus)
     loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code, task=options.task)
+    if loaded.task == IMAGES:
+        raise ConfigError(
+            "plan is for texts so far: dump a few images with --rows, and `softlabels info` tells the size"
+        )
     requests = choose_captures(requests, loaded.task)
     rows = _sample(corpus, loaded, options, count=sample)
     probe = rows.batch([rows.probe()]).to(loaded.model.device)
