@@ -1,10 +1,10 @@
 """Students of a language model, from full logits and from the top 32: what their perplexity loses.
 
-Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 150] [--model DIR] [--rows N] [--epochs N]
+Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 150] [--model DIR] [--rows N] [--epochs N] [--ce W]
 
 The teacher is bench_vocab's: GPT-2-shaped, trained here on three novels (with `--model DIR` it is kept and used again).
-It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2,
-from the same first weights in the same order; a fourth novel is held out and gives the perplexity. `renormalised` is
+It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2
+(`--ce` adds the tokens themselves), from the same first weights in the same order; a fourth novel is held out and gives the perplexity. `renormalised` is
 what is usually done with a top k, the teacher made to sum to 1 inside it, from the same cache as topk=32.
 """
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--ce", type=float, default=0.0, help="weight of the tokens themselves; KL has the rest")
     given = parser.parse_args()
     if not (given.corpora / "lm_english_novels").is_dir():
         print(f"skipped: no folder {given.corpora / 'lm_english_novels'}")
@@ -113,7 +114,7 @@ def main() -> None:
                 options = StudentOptions(
                     student="transformer",
                     options={"layers": 1, "hidden_size": 64, "heads": 4},
-                    losses={"kl": 1.0},
+                    losses={"kl": 1 - given.ce, "ce": given.ce} if given.ce else {"kl": 1.0},
                     temperature="2",
                     epochs=given.epochs,
                     batch_size=8,
