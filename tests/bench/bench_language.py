@@ -1,11 +1,12 @@
 """Students of a language model, from full logits and from the top 32: what their perplexity loses.
 
-Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 150] [--model DIR] [--rows N] [--epochs N] [--ce W]
+Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 150] [--model DIR] [--rows N] [--ce W]
 
 The teacher is bench_vocab's: GPT-2-shaped, trained here on three novels (with `--model DIR` it is kept and used again).
 It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2
-(`--ce` adds the tokens themselves), from the same first weights in the same order; a fourth novel is held out and gives the perplexity. `renormalised` is
-what is usually done with a top k, the teacher made to sum to 1 inside it, from the same cache as topk=32.
+(`--ce` adds the tokens themselves), from the same first weights in the same order; a fourth novel is held out and gives
+the perplexity. `renormalised` is what is usually done with a top k, the teacher made to sum to 1 inside it, from the
+same cache as topk=32.
 """
 
 from __future__ import annotations
