@@ -294,6 +294,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow  # the durability tests kill dumps in every run
 def test_a_killed_dump_goes_on_to_the_same_bytes(teacher: Path, corpus: Corpus, tmp_path: Path) -> None:
     """The real process, killed by SIGKILL at several moments, then let finish."""
     rows = tmp_path / "rows.jsonl"
