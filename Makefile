@@ -31,7 +31,9 @@ slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios: half an hour, 8 GB of disk
-	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(VENV)/python $$bench; done
+	@set -e; for bench in tests/bench/bench_*.py; do \
+		name=$$(basename $$bench .py); echo "== $$name"; $(VENV)/python -m tests.bench.$$name; \
+	done
 
 soak: .venv/.installed-soak ## an hour of harm to caches: 200 kills, 200,000 mutated ones, a fuzzer guided by coverage
 	SOFTLABELS_FUZZ=200000 $(VENV)/python -m pytest -m "not gpu" tests/cache/test_durability.py tests/cache/test_hostile.py $(ARGS)
