@@ -21,7 +21,6 @@ from softlabels.types import (
     LANGUAGE_MODELS,
     NO_LABEL,
     TASKS,
-    TOKEN_LABELS,
     VECTOR_LABELS,
     Example,
     Label,
@@ -261,8 +260,3 @@ def align_tags(tags: Sequence[int] | None, words: Sequence[int | None]) -> np.nd
 def has_label_names(task: Task) -> bool:
     """Whether a teacher for `task` has classes or targets with names."""
     return task not in (*LANGUAGE_MODELS, "sentence-embedding")
-
-
-def has_token_labels(task: Task) -> bool:
-    """Whether a label belongs to a token."""
-    return task in TOKEN_LABELS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from softlabels.cache.head import OutputHead, load_head
 from softlabels.cache.vocab_packed import Packing, unpack
 from softlabels.cache.vocab_plain import from_plain
+from softlabels.cache.vocab_tail import NODES
 from softlabels.errors import CacheError, ConfigError
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import Signals
@@ -67,14 +68,14 @@ class VocabTeacher:
     fields: list[str]
     vocab_size: int
     head: OutputHead | None  # of exact ones
+    packing: Packing | None  # of packed ones
 
     def __call__(self, teacher: Signals, *, device: torch.device | str = "cpu") -> Tensor | TruncatedLogits:
         """Logits (T, V) on `device`, where they are exact; else what is known of them. CacheError where damaged."""
         if self.head is not None:
             return self.head(teacher.get(STATES).to(device))
-        if self.form.packed:
-            packing = Packing(self.vocab_size, self.form.k, self.form.samples)
-            return unpack(teacher.get(PACKED).cpu().numpy(), packing).to(device)
+        if self.packing is not None:
+            return unpack(teacher.get(PACKED).cpu().numpy(), self.packing).to(device)
         arrays = {name: teacher.get(f"vocab_{name}").cpu().numpy() for name in PLAIN}
         for name in SAMPLED:
             empty = torch.empty(len(arrays["ids"]), 0)
@@ -83,9 +84,7 @@ class VocabTeacher:
 
     def to(self, device: torch.device | str) -> VocabTeacher:
         """The same with its head on another device."""
-        return VocabTeacher(
-            self.form, self.fields, self.vocab_size, None if self.head is None else self.head.to(device)
-        )
+        return self if self.head is None else replace(self, head=self.head.to(device))
 
 
 def open_vocab(cache: Cache) -> VocabTeacher:
@@ -115,7 +114,7 @@ def _open(cache: Cache, names: list[str]) -> VocabTeacher:
     cache.require(names, why=f"vocab:{form}")
     _check_widths(cache, form, names, packing)
     head = load_head(cache.path, vocab_size=vocab_size, width=spec.width) if not form.k else None
-    return VocabTeacher(form, names, vocab_size, head)
+    return VocabTeacher(form, names, vocab_size, head, packing if form.packed else None)
 
 
 def _plain() -> list[str]:
@@ -124,7 +123,7 @@ def _plain() -> list[str]:
 
 def _check_widths(cache: Cache, form: Form, names: Sequence[str], packing: Packing) -> None:
     """CacheError where a field's shape is not that of its form."""
-    wanted = {"vocab_ids": form.k, "vocab_values": form.k, "vocab_level": 1, "vocab_tail": 10}
+    wanted = {"vocab_ids": form.k, "vocab_values": form.k, "vocab_level": 1, "vocab_tail": 2 * NODES}
     wanted |= {f"vocab_{name}": form.samples for name in SAMPLED}
     wanted[PACKED] = packing.bytes
     for name in names:

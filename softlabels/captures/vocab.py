@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from softlabels.cache.codec import id_type
 from softlabels.cache.format import FieldSpec
 from softlabels.cache.vocab import PACKED, STATES, parse_form
 from softlabels.cache.vocab_packed import pack
@@ -25,7 +26,6 @@ from softlabels.truncated import truncate
 
 FIRST_LAYER = None
 FORMS = ("",)
-_STORED = {"uint8": "uint8", "uint16": "uint16", "int32": "int32", "float16": "float16", "float32": "float32"}
 
 
 def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, FieldSpec]:
@@ -35,10 +35,10 @@ def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, Field
     specs = {}
     for name, values in take(request, forward).items():
         kind = codec if name == STATES else str(values.dtype).removeprefix("torch.")
-        if name.endswith("ids") and kind == "int32" and forward.vocab_size <= 65_536:
-            kind = "uint16"  # torch has little use for its own
+        if name.endswith("ids"):
+            kind = id_type(forward.vocab_size).name  # not as they travel: torch has little use for its own uint16
         specs[name] = FieldSpec.model_validate(
-            {"kind": "target", "type": _STORED.get(kind, kind), "width": values.shape[1], "form": request.form}
+            {"kind": "target", "type": kind, "width": values.shape[1], "form": request.form}
         )
     return specs
 
