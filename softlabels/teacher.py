@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -185,19 +186,18 @@ def _load_with_head(
     name: str, folder: Path, *, config: PretrainedConfig, task: Task, trust_remote_code: bool, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model with the trained head of its task; TeacherError where it has none."""
-    model, missing = _load_model(
-        folder, config=config, task=task, trust_remote_code=trust_remote_code, dtype=dtype, new_head=False
+    load = partial(
+        _load_model,
+        folder,
+        config=config,
+        task=task,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        new_head=False,
     )
+    model, missing = load()
     if task == "sentence-embedding" and missing and all("pooler" in key for key in missing):
-        model, missing = _load_model(
-            folder,
-            config=config,
-            task=task,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            new_head=False,
-            pooler=False,
-        )
+        model, missing = load(pooler=False)  # it was never trained: there is none
     if not missing:
         return model
     shown = ", ".join(missing[:3])
