@@ -35,12 +35,27 @@ _TRACES = {_OPTIONS, "tensorboard"}  # what a training that never finished an ep
 class Progress:
     """Where a training stands."""
 
-    epoch: int = 0  # finished epochs
+    epoch: int = 0  # finished epochs, of all phases
     step: int = 0
-    best_score: float = -float("inf")
+    phase: int = 0  # the number of the phase that it is in
+    phase_epoch: int = 0  # epochs and steps that were finished before it
+    phase_start: int = 0
+    best_score: float = -float("inf")  # of this phase
     best_epoch: int | None = None
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(out: Path) -> Progress:
+        """As the last checkpoint in `out` has it; a fresh one where there is none."""
+        place = _checkpoint_of(out)
+        return Progress() if place is None else Progress(**json.loads((place / "progress.json").read_bytes()))
+
+    def next_phase(self) -> None:
+        """The phase is over; the next one chooses its best epoch for itself."""
+        self.phase += 1
+        self.phase_epoch, self.phase_start = self.epoch, self.step
+        self.best_score, self.best_epoch = -float("inf"), None
 
 
 @contextmanager
@@ -132,13 +147,11 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(out: Path, accelerator: Accelerator) -> Progress:
-    """Put what was prepared with `accelerator` back to the last checkpoint; a fresh Progress where there is none."""
+def restore(out: Path, accelerator: Accelerator, state: Progress) -> None:
+    """Put what was prepared with `accelerator` back to the last checkpoint, where that is one of `state`'s phase."""
     place = _checkpoint_of(out)
-    if place is None:
-        return Progress()
-    accelerator.load_state(str(place))
-    return Progress(**json.loads((place / "progress.json").read_bytes()))
+    if place is not None and state.epoch > state.phase_epoch:
+        accelerator.load_state(str(place))
 
 
 def best_weights(out: Path) -> dict[str, Tensor]:

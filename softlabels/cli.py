@@ -653,16 +653,32 @@ def _verdict(verdict) -> str:
 )
 def train_student_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
-    student: Annotated[str, typer.Option(help="bilstm, lstm_attention, transformer or linear")],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="bilstm, word_average, lstm_attention, transformer or linear; with --recipe the name of one of its "
+            "students"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="train as a recipe says, a YAML file or a name (pkd-skip, tinybert, …): losses, phases, sizes"
+        ),
+    ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=WEIGHT",
-            help="kl, mse_logits, soft_cross_entropy or ce; may be repeated; ce=1 alone is the baseline on hard labels",
+            help="kl, mse_logits, soft_cross_entropy, ce, jsd, dkd, …; may be repeated; ce=1 alone is the baseline on "
+            "hard labels; losses on layers are said in a recipe",
         ),
     ] = None,
-    temperature: Annotated[str, typer.Option(help="3, or 5:1 (moving from 5 to 1), or 5:1:cosine")] = "1",
+    temperature: Annotated[
+        str | None,
+        typer.Option(help="3 (by default 1), or 5:1 (moving from 5 to 1), or 5:1:cosine, or flsw:4, for every row"),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="an option of the student, e.g. layers=2; may be repeated"),
@@ -693,28 +709,33 @@ def train_student_command(
     cpu: Cpu = False,
 ) -> None:
     """STAGE 2: train a student from a cache."""
-    from softlabels.config import StudentOptions, build_options, parse_losses, parse_options
+    from softlabels.config import StudentOptions, build_options, parse_losses, parse_options, student_of_recipe
+    from softlabels.errors import ConfigError
 
-    given = {
+    if student is None and recipe is None:
+        raise ConfigError("say what to train: --student bilstm, or --recipe NAME")
+    given: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
         "patience": patience,
         "validation": validation,
         "seed": seed,
+        "temperature": temperature,
+        "losses": None if loss is None else parse_losses(loss),
     }
-    default = ["mse_logits=1"] if student == "linear" else ["kl=0.7", "ce=0.3"]
-    options = build_options(
-        StudentOptions,
-        {key: value for key, value in given.items() if value is not None}
-        | {
-            "student": student,
-            "temperature": temperature,
-            "losses": parse_losses(loss or default),
-            "options": parse_options(option or []),
-        },
-        where="train-student",
-    )
+    given = {key: value for key, value in given.items() if value is not None}
+    chosen = parse_options(option or [])
+    if recipe is not None:
+        start = student_of_recipe(recipe, student).model_dump(exclude_unset=True)
+        for phase in start.get("phases", []):  # what is said here goes before what a phase says
+            for key in {"epochs", "batch_size", "lr"} & given.keys():
+                phase.pop(key, None)
+        values = start | given | {"options": start.get("options", {}) | chosen}
+    else:
+        default = {"losses": {"mse_logits": 1.0}} if student == "linear" else {}
+        values = default | given | {"student": student, "options": chosen}
+    options = build_options(StudentOptions, values, where="train-student")
     from softlabels.cache import open_cache
     from softlabels.corpus import read_corpus
     from softlabels.train import train_student

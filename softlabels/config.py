@@ -33,16 +33,28 @@ def suggest(word: str, choices: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Temperature:
-    """A temperature, constant or moving from `start` to `end` over the training ('3', '5:1', '5:1:cosine')."""
+class Schedule:
+    """A number, constant or moving from `start` to `end` over the training.
+
+    Written '3', '5:1', '5:1:cosine', '0:1:linear:0.3'. `until` is the share of the training after which `end` is
+    reached.
+    """
 
     start: float
     end: float
-    shape: Literal["linear", "cosine", "step"] = "linear"
+    shape: Literal["linear", "cosine", "step", "integer"] = "linear"
+    until: float = 1.0
 
     def at(self, progress: float) -> float:
-        """The temperature after `progress` (0 to 1) of the training. 'step' holds `start` for the first half."""
-        progress = min(max(progress, 0.0), 1.0)
+        """The number after `progress` (0 to 1) of the training.
+
+        'step' holds `start` for the first half; 'integer' gives every whole number on the way as long a time.
+        """
+        progress = min(max(progress, 0.0) / self.until, 1.0)
+        if self.shape == "integer":
+            count = abs(self.end - self.start) + 1
+            passed = min(math.floor(progress * count), count - 1)
+            return self.start + math.copysign(passed, self.end - self.start)
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         elif self.shape == "step":
@@ -50,36 +62,79 @@ class Temperature:
         return self.start + (self.end - self.start) * progress
 
 
-_SHAPES = ("linear", "cosine", "step")
+@dataclass(frozen=True, slots=True)
+class AdaptiveTemperature:
+    """A temperature for every row, from the logits of both sides ('flsw:4', 'cwsm:4:1', 'flsw:4:1:2').
+
+    `rule` names a function of `softlabels.losses.temperatures`, `base` is what it turns about.
+    """
+
+    rule: Literal["flsw", "cwsm"]
+    base: float
+    beta: float = 1.0
+    gamma: float = 1.0
+
+
+Temperature = Schedule | AdaptiveTemperature
+
+_SHAPES = ("linear", "cosine", "step", "integer")
+_RULES = ("flsw", "cwsm")
+
+
+def parse_schedule(text: str | float, *, what: str) -> Schedule:
+    """'3', '5:1', '5:1:cosine' or '0:1:linear:0.3' as a Schedule; ConfigError says what is wrong with the `what`."""
+    parts = str(text).split(":")
+    form = f"a {what} is a number ('3'), a range ('5:1'), or a range with a shape ('5:1:cosine', '0:1:linear:0.3')"
+    if len(parts) > 4:
+        raise ConfigError(f"{what} '{text}' has too many parts: {form}")
+    try:
+        numbers = [float(part) for part in parts[:2]]
+        until = float(parts[3]) if len(parts) == 4 else 1.0
+    except ValueError:
+        raise ConfigError(f"{what} '{text}' is not a number: {form}") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{what} '{text}' is not finite: {form}")
+    if not 0 < until <= 1:
+        raise ConfigError(f"{what} '{text}': {until} is no share of the training above 0 and up to 1")
+    shape = parts[2] if len(parts) > 2 else "linear"
+    if shape not in _SHAPES:
+        raise ConfigError(f"{what} '{text}': no shape '{shape}', only {', '.join(_SHAPES)}.{suggest(shape, _SHAPES)}")
+    if shape == "integer" and not all(number.is_integer() for number in numbers):
+        raise ConfigError(f"{what} '{text}': the shape 'integer' goes from a whole number to a whole number")
+    return Schedule(numbers[0], numbers[-1], shape, until)  # type: ignore[arg-type]
 
 
 def parse_temperature(text: str | float) -> Temperature:
-    """'3', '5:1' or '5:1:cosine' as a Temperature; ConfigError says what is wrong."""
-    parts = str(text).split(":")
-    form = "a temperature is a number ('3'), a range ('5:1'), or a range with a shape ('5:1:cosine')"
-    if len(parts) > 3:
-        raise ConfigError(f"temperature '{text}' has too many parts: {form}")
-    try:
-        numbers = [float(part) for part in parts[:2]]
-    except ValueError:
-        raise ConfigError(f"temperature '{text}' is not a number: {form}") from None
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
+    """'3', '5:1', '5:1:cosine', or 'flsw:4' as a Temperature; ConfigError says what is wrong."""
+    rule, *numbers = str(text).split(":")
+    if rule in _RULES:
+        return _parse_adaptive(str(text), rule, numbers)
+    schedule = parse_schedule(text, what="temperature")
+    if min(schedule.start, schedule.end) <= 0:
         raise ConfigError(f"temperature '{text}' must be above 0: the logits are divided by it")
-    shape = parts[2] if len(parts) == 3 else "linear"
-    if shape not in _SHAPES:
-        raise ConfigError(
-            f"temperature '{text}': no shape '{shape}', only {', '.join(_SHAPES)}.{suggest(shape, _SHAPES)}"
-        )
-    return Temperature(numbers[0], numbers[-1], shape)  # type: ignore[arg-type]
+    return schedule
 
 
+def _parse_adaptive(text: str, rule: str, numbers: list[str]) -> AdaptiveTemperature:
+    form = f"write {rule}:BASE, or {rule}:BASE:BETA:GAMMA"
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        raise ConfigError(f"temperature '{text}': {form}") from None
+    if not 1 <= len(values) <= 3 or not all(math.isfinite(value) for value in values) or values[0] <= 0:
+        raise ConfigError(f"temperature '{text}': {form}; the base must be above 0")
+    return AdaptiveTemperature(rule, *values)  # type: ignore[arg-type]
+
+
+# Losses on logits, and losses on what lies below them; held equal to the tables of softlabels.losses by a test.
 LOSSES = (
     "kl",
     "reverse_kl",
     "mse_logits",
     "soft_cross_entropy",
     "ce",
-)  # held equal to softlabels.losses.LOSSES by a test
+)
+LAYER_LOSSES: tuple[str, ...] = ()
 
 
 def parse_losses(items: Sequence[str]) -> dict[str, float]:
@@ -101,11 +156,23 @@ def check_losses(losses: dict[str, float]) -> dict[str, float]:
     if not losses:
         raise ConfigError(f"no loss is given: choose from {', '.join(LOSSES)}, for example --loss kl=0.7 --loss ce=0.3")
     for name, weight in losses.items():
-        if name not in LOSSES:
-            raise ConfigError(f"no loss '{name}': there are {', '.join(LOSSES)}.{suggest(name, LOSSES)}")
+        check_loss(name)
+        if name in LAYER_LOSSES:
+            raise ConfigError(
+                f"loss '{name}' compares layers, so it needs a map of them: write it in a recipe as "
+                f"{{loss: {name}, map: uniform}}, and give that with --recipe"
+            )
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"loss '{name}' has weight {weight}: a weight must be above 0")
     return losses
+
+
+def check_loss(name: str) -> str:
+    """`name` unchanged; ConfigError for one that no loss has."""
+    known = (*LOSSES, *LAYER_LOSSES)
+    if name not in known:
+        raise ConfigError(f"no loss '{name}': there are {', '.join(known)}.{suggest(name, known)}")
+    return name
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -206,13 +273,107 @@ class ImportOptions(Strict):
         return value
 
 
+class LossTerm(Strict):
+    """One loss of a phase: how much it weighs and, of a loss on layers, which layers teach which."""
+
+    loss: str
+    weight: float | str = 1.0  # or a schedule over the phase: '1:0', '0:1:linear:0.2'
+    # of a loss on layers, student's to teacher's: a rule of softlabels.layer_maps, or pairs [[1, 2], [2, 4]]; for one
+    # that compares two layers with each other, [[[1, 2], [2, 4]]] (student's two, teacher's two)
+    map: str | list[list[int]] | list[list[list[int]]] | None = None
+    depth: list[float] | Literal["sum", "mean"] = "sum"  # over the pairs of the map, or a weight for each
+    project: Literal["linear", "relu", "tanh"] | None = None  # of the student's hidden states to the teacher's width
+    share_projection: bool = False  # one for all pairs of the map
+    project_lr: float = Field(default=1.0, gt=0)  # the projection's learning rate, as a multiple of the student's
+    options: dict[str, Any] = {}  # the loss's own: {beta: 8}; a string may be a schedule ('0:1')
+    temperature: str | None = None  # by default the phase's
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _temperature(cls, value: Any) -> str | None:
+        return value if value is None else _temperature_text(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LossTerm:
+        check_loss(self.loss)
+        weight = parse_schedule(self.weight, what="weight")
+        if min(weight.start, weight.end) < 0 or max(weight.start, weight.end) <= 0:
+            raise ValueError(f"loss '{self.loss}' has weight {self.weight}: a weight must be above 0")
+        if self.loss in LAYER_LOSSES and self.map is None:
+            raise ValueError(f"loss '{self.loss}' compares layers: say which with 'map', for example map: uniform")
+        for key in ("map", "depth", "project", "share_projection", "project_lr"):
+            if self.loss not in LAYER_LOSSES and key in self.model_fields_set:
+                raise ValueError(f"loss '{self.loss}' is on logits: it has no '{key}'")
+        return self
+
+
+Losses = dict[str, float] | list[LossTerm]
+
+
+def loss_terms(losses: Losses) -> list[LossTerm]:
+    """`losses` as terms: {'kl': 0.7} is short for [{loss: kl, weight: 0.7}]."""
+    if isinstance(losses, dict):
+        return [LossTerm(loss=name, weight=weight) for name, weight in losses.items()]
+    return losses
+
+
+def _check_losses(losses: Losses) -> Losses:
+    if isinstance(losses, dict):
+        return check_losses(losses)
+    if not losses:
+        raise ValueError(f"no loss is given: choose from {', '.join((*LOSSES, *LAYER_LOSSES))}")
+    return losses
+
+
+def _temperature_text(value: Any) -> str:
+    parse_temperature(value)
+    return str(value)
+
+
+class Phase(Strict):
+    """A part of a training with losses, an optimiser and a learning-rate schedule of its own.
+
+    What is None here is as in the student's options. The next phase starts from the best epoch of this one.
+    """
+
+    name: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    losses: Losses
+    temperature: str = "1"
+    epochs: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    # parts of the student: 'embeddings', 'layers:1-3', 'head', or the start of parameters' names
+    freeze: list[str] = []  # these do not learn
+    slow: dict[str, float] = {}  # these learn at a multiple of the rate
+    # this phase once for each pair of its losses' maps, from the lowest up, layers below frozen (or at this multiple
+    # of the learning rate)
+    progressive: bool | float = False
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _temperature(cls, value: Any) -> str:
+        return _temperature_text(value)
+
+    @field_validator("losses")
+    @classmethod
+    def _losses(cls, value: Losses) -> Losses:
+        return _check_losses(value)
+
+    @property
+    def terms(self) -> list[LossTerm]:
+        return loss_terms(self.losses)
+
+
 class StudentOptions(Strict):
     """How one student is built and trained."""
 
     student: str
     options: dict[str, Any] = {}
-    losses: dict[str, float] = {"kl": 0.7, "ce": 0.3}
+    losses: Losses = {"kl": 0.7, "ce": 0.3}
     temperature: str = "1"
+    phases: list[Phase] = []  # instead of `losses` and `temperature`: several trainings, one after the other
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
     lr: float = Field(default=1e-3, gt=0)
@@ -226,13 +387,36 @@ class StudentOptions(Strict):
     @field_validator("temperature", mode="before")
     @classmethod
     def _temperature(cls, value: Any) -> str:
-        parse_temperature(value)
-        return str(value)
+        return _temperature_text(value)
 
     @field_validator("losses")
     @classmethod
-    def _losses(cls, value: dict[str, float]) -> dict[str, float]:
-        return check_losses(value)
+    def _losses(cls, value: Losses) -> Losses:
+        return _check_losses(value)
+
+    @model_validator(mode="after")
+    def _one_way_of_saying(self) -> StudentOptions:
+        names = [phase.name for phase in self.phases]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two phases are called '{doubled[0]}': give each a name of its own")
+        said = {"losses", "temperature"} & self.model_fields_set
+        if self.phases and any(getattr(self, key) != StudentOptions.model_fields[key].default for key in said):
+            raise ValueError(f"'{sorted(said)[0]}' is said by the phases: leave it out beside 'phases'")
+        return self
+
+    def all_phases(self) -> list[Phase]:
+        """The phases with nothing left open; one of the name 'train' where none are given."""
+        phases = self.phases or [Phase(losses=self.losses, temperature=self.temperature)]
+        common = ("epochs", "batch_size", "lr", "weight_decay", "warmup")
+        return [
+            phase.model_copy(update={key: getattr(self, key) for key in common if getattr(phase, key) is None})
+            for phase in phases
+        ]
+
+    def loss_names(self) -> set[str]:
+        """Of all phases."""
+        return {term.loss for phase in self.all_phases() for term in phase.terms}
 
 
 class TeacherTraining(Strict):
@@ -247,6 +431,8 @@ class TeacherTraining(Strict):
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
+
+BASE, TEACHER, PRETRAINED = "base", "teacher", "pretrained"  # what a recipe's `init_from` may say beside a folder
 
 
 class CorpusChoice(Strict):
@@ -278,14 +464,32 @@ class StudentEntry(StudentOptions):
     seeds: list[int] = Field(default=[0], min_length=1)
 
 
+class Pretraining(Strict):
+    """An earlier distillation, from a cache of its own; the recipe's students start from its student.
+
+    General distillation (TinyBERT), distillation of a language model (DistilBERT): a teacher that is not tuned to the
+    task, and text of any kind.
+    """
+
+    corpus: CorpusChoice
+    teacher: TeacherChoice
+    dump: DumpOptions = DumpOptions()
+    student: StudentOptions
+
+
 class Recipe(Strict):
-    """One experiment, from corpus to students."""
+    """One experiment, from corpus to students.
+
+    A student's option `init_from` may be a folder, or 'base' (the pretrained model that the teacher was tuned from),
+    'teacher', or 'pretrained' (the student of `pretrain`).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     corpus: CorpusChoice
     teacher: TeacherChoice
     dump: DumpOptions = DumpOptions()
+    pretrain: Pretraining | None = None
     students: list[StudentEntry] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -294,6 +498,9 @@ class Recipe(Strict):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two students are called '{doubled[0]}': give each a name of its own")
+        starting = [student.name for student in self.students if student.options.get("init_from") == PRETRAINED]
+        if starting and self.pretrain is None:
+            raise ValueError(f"student '{starting[0]}' starts from '{PRETRAINED}', and the recipe has no 'pretrain'")
         return self
 
 
@@ -347,6 +554,23 @@ def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
     for key, value in parse_options(changes).items():
         _set(data, key, value)
     return build_options(Recipe, data, where=f"recipe {path}")
+
+
+def student_of_recipe(name: str, student: str | None) -> StudentOptions:
+    """How a recipe trains its student called `student`, its only one where None; 'pretrain' is the one before them."""
+    recipe = read_recipe(name)
+    entries: dict[str, StudentOptions] = {entry.name: entry for entry in recipe.students}
+    if recipe.pretrain is not None:
+        entries.setdefault("pretrain", recipe.pretrain.student)
+    if student is None and len(recipe.students) == 1:
+        student = recipe.students[0].name
+    if student not in entries:
+        asked = "say which of its students with --student" if student is None else f"it has no student '{student}'"
+        raise ConfigError(
+            f"recipe {recipe.name}: {asked}: there are {', '.join(entries)}.{suggest(student or '', entries)}"
+        )
+    chosen = entries[student]
+    return StudentOptions(**{key: getattr(chosen, key) for key in StudentOptions.model_fields})
 
 
 def _set(data: Any, key: str, value: Any) -> None:

@@ -1,41 +1,118 @@
-"""A recipe's weighted sum of losses, and what it needs from a cache."""
+"""A phase's weighted, scheduled sum of losses: what it needs of a cache and a student, and its value for a batch."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softlabels.cache.vocab import VocabTeacher
-from softlabels.config import Temperature, parse_temperature
-from softlabels.losses import FIELDS, HARD, LANGUAGE_LOSSES, LOSSES
-from softlabels.types import LANGUAGE_MODELS, Signals, Task
+from softlabels.cache import Cache
+from softlabels.cache.reader import capture_of
+from softlabels.cache.vocab import VocabTeacher, open_vocab
+from softlabels.config import (
+    AdaptiveTemperature,
+    LossTerm,
+    Phase,
+    Schedule,
+    Temperature,
+    parse_schedule,
+    parse_temperature,
+    suggest,
+)
+from softlabels.errors import CacheError, ConfigError
+from softlabels.layer_maps import map_layers
+from softlabels.losses import HARD, LANGUAGE_LOSSES, LAYER_LOSSES, LOSSES, NEEDS
+from softlabels.losses.temperatures import cwsm, flsw
+from softlabels.projections import Projections
+from softlabels.types import LANGUAGE_MODELS, LayerPair, Signals, Task, layer_field
+
+# What a loss looks at, and the fields that give it, the first choice first. Attention follows from Q and K only where
+# it is softmax(QKᵀ / √K) over the row; see PLAIN_ATTENTION.
+_SOURCES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "logits": (("logits",),),
+    "hidden": (("hidden",),),
+    "hidden_cls": (("hidden@cls",), ("hidden",)),
+    "attention_scores": (("attention@scores",), ("query", "key")),
+    "attention_probs": (("attention",), ("attention@scores",), ("query", "key")),
+    "query": (("query",),),
+    "key": (("key",),),
+    "value": (("value",),),
+}
+PLAIN_ATTENTION = frozenset(
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deit",
+        "distilbert",
+        "electra",
+        "ernie",
+        "mobilebert",
+        "roberta",
+        "vit",
+        "xlm-roberta",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One loss of an objective, with everything that a recipe left open filled in."""
+
+    name: str  # the loss's, with a number where a phase has it twice
+    loss: str
+    weight: Schedule
+    temperature: Temperature
+    options: dict[str, Any]  # the loss's own; a Schedule where it moves
+    pairs: tuple[LayerPair, ...] = ()  # of a loss on layers
+    depth: tuple[float, ...] = ()  # a weight a pair
+    project: str | None = None
+
+    def layers(self, side: str) -> list[int]:
+        """The layers of 'student' or 'teacher' that this term looks at."""
+        ends = [end for pair in self.pairs for end in (pair, pair.then) if end is not None]
+        return sorted({getattr(end, side) for end in ends})
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Σ weight · loss(student, teacher), at the temperature that belongs to the training's progress."""
+    """Σ weight · loss(student, teacher), each weight and temperature as the phase's progress has it."""
 
-    weights: dict[str, float]
-    temperature: Temperature
+    terms: tuple[Term, ...]
+    fields: list[str]  # of the cache, that the losses look at
     language: bool = False  # the student is a language model
     vocab: VocabTeacher | None = None  # then: what turns a cache's fields into logits; None where only tokens teach
-
-    def fields(self) -> list[str]:
-        """The cache fields that the losses look at."""
-        if self.language:
-            return [] if self.vocab is None else self.vocab.fields
-        return sorted({field for name in self.weights for field in FIELDS[name]})
+    projections: Projections | None = None
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any soft term is there; without one, only labelled rows teach anything."""
-        return not set(self.weights) <= HARD
+        return any(term.loss not in HARD for term in self.terms)
 
     @property
     def needs_labels(self) -> bool:
-        return bool(set(self.weights) & HARD)
+        return any(term.loss in HARD for term in self.terms)
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether any term teaches the student's logits, so that its accuracy means something."""
+        return any(term.loss not in LAYER_LOSSES for term in self.terms)
+
+    def looks_at(self) -> dict[str, list[int]]:
+        """The signals below the logits that the student must give: 'hidden', 'attention', 'qkv', with its layers."""
+        found: dict[str, set[int]] = {}
+        for term in self.terms:
+            for need in NEEDS[term.loss]:
+                kind = need.partition("_")[0]
+                if kind != "logits":
+                    kind = "qkv" if kind in ("query", "key", "value") else kind
+                    found.setdefault(kind, set()).update(term.layers("student"))
+        return {kind: sorted(layers) for kind, layers in found.items()}
 
     def hear(self, teacher: Signals) -> Signals:
         """`teacher` with its logits over the vocabulary, where it is a language model, on the device of its labels."""
@@ -48,24 +125,236 @@ class Objective:
         return self if self.vocab is None else replace(self, vocab=self.vocab.to(device))
 
     def __call__(self, student: Signals, teacher: Signals, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every loss by itself (unweighted), after `progress` (0 to 1) of the training."""
-        temperature = self.temperature.at(progress)
-        losses = LANGUAGE_LOSSES if self.language else LOSSES
-        parts = {name: losses[name](student, teacher, temperature=temperature) for name in self.weights}
-        total = sum(weight * parts[name] for name, weight in self.weights.items())
+        """The weighted sum, and every loss by itself (unweighted), after `progress` (0 to 1) of the phase.
+
+        A loss that weighs nothing at the moment is not computed.
+        """
+        total: Tensor | float = 0.0
+        parts: dict[str, Tensor] = {}
+        for term in self.terms:
+            weight = term.weight.at(progress)
+            if weight:
+                part = self._value(term, student, teacher, progress)
+                parts[term.name] = part.detach()
+                total = total + weight * part
+        if not isinstance(total, Tensor):
+            total = sum(value.sum() for value in student.fields.values()) * 0.0  # all weights are 0 just now
         assert isinstance(total, Tensor)
-        return total, {name: part.detach() for name, part in parts.items()}
+        return total, parts
+
+    def _value(self, term: Term, student: Signals, teacher: Signals, progress: float) -> Tensor:
+        options = {
+            name: value.at(progress) if isinstance(value, Schedule) else value for name, value in term.options.items()
+        }
+        if term.loss in LAYER_LOSSES:
+            loss: Callable[..., Tensor] = partial(LAYER_LOSSES[term.loss], **options)
+            values = [
+                weight * loss(self._projected(term, index, student), teacher, layers=pair)
+                for index, (pair, weight) in enumerate(zip(term.pairs, term.depth, strict=True))
+            ]
+            return torch.stack(values).sum()
+        temperature = _temperature(term.temperature, student, teacher, progress)
+        losses = LANGUAGE_LOSSES if self.language else LOSSES
+        return partial(losses[term.loss], **options)(student, teacher, temperature=temperature)
+
+    def _projected(self, term: Term, index: int, student: Signals) -> Signals:
+        """`student` with the hidden states of pair `index` as wide as the teacher's, where the term projects."""
+        if self.projections is None or term.project is None:
+            return student
+        pair, fields = term.pairs[index], dict(student.fields)
+        for end in (pair, pair.then):
+            if end is not None:
+                name = layer_field("hidden", end.student)
+                fields[name] = self.projections(term.name, index, student.get(name))
+        return replace(student, fields=fields)
 
 
-def build_objective(
-    losses: dict[str, float],
-    temperature: str,
-    *,
-    task: Task = "sequence-classification",
-    vocab: VocabTeacher | None = None,
-) -> Objective:
-    """The objective of `losses` (name: weight) at `temperature` ('3', '5:1', '5:1:cosine').
+def _temperature(temperature: Temperature, student: Signals, teacher: Signals, progress: float) -> float | Tensor:
+    """A number, or (B,) a row where it adapts itself."""
+    if isinstance(temperature, Schedule):
+        return temperature.at(progress)
+    rule = {"flsw": flsw, "cwsm": cwsm}[temperature.rule]
+    return rule(student.logits, teacher.logits, base=temperature.base, beta=temperature.beta, gamma=temperature.gamma)
 
-    `vocab` turns a cache's fields into a language model's logits.
+
+# ------------------------------------------------------------------------------------------------------- building
+
+
+def build_objective(phase: Phase, cache: Cache, *, student_layers: int | None) -> Objective:
+    """The objective of `phase` for this cache and a student of so many layers (None: it has none to look at).
+
+    Nothing of the cache but its manifest is read. ConfigError for losses, options or maps that don't fit; CacheError,
+    with the dump command that would add it, for what the cache lacks.
     """
-    return Objective(dict(losses), parse_temperature(temperature), task in LANGUAGE_MODELS, vocab)
+    task = cache.manifest.teacher.task
+    terms = fill_in(phase, task, student_layers=student_layers, teacher_layers=lambda: _known_layers(cache))
+    language = task in LANGUAGE_MODELS
+    vocab = None
+    if language and any(term.loss not in HARD and term.loss in LOSSES for term in terms):
+        vocab = open_vocab(cache)
+    fields = _fields(terms, cache, language=language)
+    return Objective(terms, sorted({*fields, *(vocab.fields if vocab else ())}), language, vocab)
+
+
+def fill_in(
+    phase: Phase, task: Task, *, student_layers: int | None, teacher_layers: Callable[[], int]
+) -> tuple[Term, ...]:
+    """The terms of `phase`, everything that it leaves open filled in; ConfigError for what doesn't fit."""
+    return tuple(_terms(phase, task, student_layers, teacher_layers))
+
+
+def _terms(phase: Phase, task: Task, student_layers: int | None, teacher_layers: Callable[[], int]) -> Iterator[Term]:
+    seen: dict[str, int] = {}
+    for term in phase.terms:
+        seen[term.loss] = seen.get(term.loss, 0) + 1
+        name = term.loss if seen[term.loss] == 1 else f"{term.loss}-{seen[term.loss]}"
+        what = f"phase '{phase.name}', loss '{term.loss}'"
+        pairs: tuple[LayerPair, ...] = ()
+        if term.loss in LAYER_LOSSES:
+            if student_layers is None:
+                raise ConfigError(f"{what} compares layers, and this student has none to look at: take a transformer")
+            assert term.map is not None  # LossTerm asks for it
+            pairs = tuple(map_layers(term.map, student=student_layers, teacher=teacher_layers(), what=what))
+        elif task == "sentence-embedding":
+            raise ConfigError(
+                f"{what} is on logits, and the teacher of this cache has none: learn from its layers (hidden_mse, "
+                f"value_relation, …), or fine-tune it first with softlabels train-teacher"
+            )
+        elif task in LANGUAGE_MODELS and term.loss not in LANGUAGE_LOSSES:
+            raise ConfigError(f"{what} is not for a vocabulary: there are {', '.join(LANGUAGE_LOSSES)}")
+        yield Term(
+            name,
+            term.loss,
+            parse_schedule(term.weight, what="weight"),
+            _own_temperature(term, phase, task, what=what),
+            _own_options(term, task, what=what),
+            pairs,
+            _depth(term, pairs, what=what),
+            term.project,
+        )
+
+
+def _own_temperature(term: LossTerm, phase: Phase, task: Task, *, what: str) -> Temperature:
+    temperature = parse_temperature(term.temperature or phase.temperature)
+    if isinstance(temperature, AdaptiveTemperature) and task in LANGUAGE_MODELS:
+        raise ConfigError(f"{what}: '{temperature.rule}' adapts to a classifier's logits, and these are a vocabulary's")
+    return temperature
+
+
+def _own_options(term: LossTerm, task: Task, *, what: str) -> dict[str, Any]:
+    """The loss's options, checked against its signature; a string is a schedule where a number is meant."""
+    language = task in LANGUAGE_MODELS
+    function = LAYER_LOSSES.get(term.loss) or (LANGUAGE_LOSSES if language else LOSSES)[term.loss]
+    known = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("temperature", "layers")
+    }
+    for name in term.options:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"{what} has no option '{name}': {has}.{suggest(name, known)}")
+    lacking = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    lacking = [name for name in lacking if name not in term.options]
+    if lacking:
+        raise ConfigError(f"{what} needs option '{lacking[0]}': write options: {{{lacking[0]}: …}}")
+    return {
+        name: parse_schedule(value, what=f"option '{name}'")
+        if isinstance(value, str) and not isinstance(known[name].default, str)
+        else value
+        for name, value in term.options.items()
+    }
+
+
+def _depth(term: LossTerm, pairs: Sequence[LayerPair], *, what: str) -> tuple[float, ...]:
+    if isinstance(term.depth, str):
+        return (1.0 if term.depth == "sum" else 1.0 / max(len(pairs), 1),) * len(pairs)
+    if len(term.depth) != len(pairs):
+        raise ConfigError(f"{what}: 'depth' has {len(term.depth)} weights for the {len(pairs)} pairs of its map")
+    return tuple(term.depth)
+
+
+# ------------------------------------------------------------------------------------------- what a cache must hold
+
+
+def _fields(terms: Sequence[Term], cache: Cache, *, language: bool) -> set[str]:
+    """The fields of the cache that the terms look at; CacheError with the command that adds those it lacks."""
+    plain = cache.teacher_config().get("model_type") in PLAIN_ATTENTION and not cache.teacher_config().get("is_decoder")
+    found: set[str] = set()
+    lacking: dict[str, str] = {}  # field: the loss that needs it
+    for term in terms:
+        for need in NEEDS[term.loss]:
+            if need == "logits" and language:
+                continue  # of a vocabulary: see open_vocab
+            for layer in term.layers("teacher") if need != "logits" else [0]:
+                choices = [[_name(source, layer) for source in sources] for sources in _SOURCES[need]]
+                if not plain:  # Q and K do not say it all
+                    choices = [names for names in choices if not names[0].startswith("query") or need == "query"]
+                held = next((names for names in choices if set(names) <= cache.fields.keys()), None)
+                if held is None:
+                    lacking |= dict.fromkeys(_wanted(choices, need), term.loss)
+                found.update(held or ())
+    if lacking:
+        raise CacheError(_what_is_lacking(lacking, cache))
+    return found
+
+
+def _wanted(choices: list[list[str]], need: str) -> list[str]:
+    """What is best dumped for `need`: of attention the scores, from which probabilities follow."""
+    return choices[min(1, len(choices) - 1)] if need == "attention_probs" else choices[0]
+
+
+def _name(source: str, layer: int) -> str:
+    if source == "logits":
+        return source
+    kind, at, form = source.partition("@")
+    return layer_field(kind, layer) + at + form
+
+
+def _what_is_lacking(lacking: dict[str, str], cache: Cache) -> str:
+    manifest = cache.manifest
+    split = f" --split {manifest.corpus.split}" if manifest.corpus.split else ""
+    command = (
+        f"softlabels dump {manifest.corpus.source}{split} --teacher {manifest.teacher.name} --out {cache.path} "
+        f"--max-length {manifest.dump.max_length}{_captures(lacking)}"
+    )
+    have = ", ".join(sorted(cache.fields)) or "no field"
+    first = min(lacking)
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return f"loss '{lacking[first]}' needs {first}{more}; cache {cache.path} holds {have}. Add it with: {command}"
+
+
+def _captures(fields: Iterable[str]) -> str:
+    """The options of a dump that give `fields`, a signal's layers in one."""
+    layers: dict[tuple[str, str], set[str]] = {}  # (capture, what stands behind the @)
+    for field in sorted(fields):
+        capture, _, rest = capture_of(field).partition(":")
+        layer, at, form = rest.partition("@")
+        layers.setdefault((capture, at + form), set()).update([layer] if layer else [])
+    return "".join(
+        f" --capture {capture}{':' if numbers else ''}{','.join(sorted(numbers, key=int))}{form}"
+        for (capture, form), numbers in layers.items()
+    )
+
+
+def teacher_layers(cache: Cache) -> int | None:
+    """How many layers the teacher has, as its config in the cache says; None where it doesn't."""
+    config = cache.teacher_config()
+    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _known_layers(cache: Cache) -> int:
+    layers = teacher_layers(cache)
+    if layers is None:
+        raise CacheError(
+            f"cache {cache.path} does not say how many layers its teacher has: a loss on layers needs a "
+            f"teacher/config.json, which softlabels dump writes"
+        )
+    return layers
+
+
+def teacher_width(cache: Cache, layer: int) -> int:
+    """The width of a layer's hidden states in the cache, which holds them."""
+    names = (layer_field("hidden", layer), layer_field("hidden", layer) + "@cls")
+    return next(cache.fields[name].width for name in names if name in cache.fields)

@@ -1,9 +1,10 @@
 """Every stage of a recipe, in order; a stage whose inputs haven't changed is skipped.
 
 corpus → teacher → dump → students, each from soft labels and (its twin) from hard labels alone → evaluation → table.
-Everything lies in one folder:
+A recipe that pretrains its students does the first three once more before. Everything lies in one folder:
 
     teacher/  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
+    pretrain/           its own teacher/, cache/ and student/
     stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
     results.json        the table as data
 """
@@ -14,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -22,13 +23,27 @@ from typing import Any
 
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
-from softlabels.config import Recipe, StudentEntry, StudentOptions, fingerprint
+from softlabels.config import (
+    BASE,
+    PRETRAINED,
+    TEACHER,
+    CorpusChoice,
+    DumpOptions,
+    Pretraining,
+    Recipe,
+    StudentEntry,
+    StudentOptions,
+    TeacherChoice,
+    fingerprint,
+)
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
-from softlabels.teacher import TeacherOptions, train_teacher
+from softlabels.pretrained import resolve_pretrained
+from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
+from softlabels.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,37 +116,52 @@ def run_recipe(
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
         stages = _Stages(out, say)
-        corpora = _Corpora(recipe)
+        corpora = _Corpora(recipe.corpus, recipe.teacher)
         _check(recipe, corpora)
-        teacher, teacher_key, teacher_seconds = _teacher(recipe, stages, corpora, cpu=cpu)
-        cache_key = fingerprint([teacher_key, corpora.key("transfer"), recipe.dump.model_dump()])
-        test_key = fingerprint([teacher_key, corpora.key("test"), recipe.dump.model_dump()])
-        dumped = _dump(
-            recipe, stages, "cache", lambda: corpora.read("transfer"), teacher=teacher, key=cache_key, cpu=cpu
-        )
-        _dump(
-            recipe,
-            stages,
-            "cache-test",
-            lambda: corpora.read("test"),
-            teacher=teacher,
-            key=test_key,
-            logits_only=True,
-            cpu=cpu,
-        )
+        teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu)
+        cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu)
+        logits = recipe.dump.model_copy(update={"capture": ["logits"]})
+        test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu)
+        starts = _Starts(base=recipe.teacher.model, teacher=teacher)
+        if recipe.pretrain is not None:
+            starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
         results = [
-            (entry, _student(entry, stages, corpora, cache_key=cache_key, test_key=test_key, cpu=cpu))
+            (entry, _student(entry, stages, corpora, cache=cache, test=test, starts=starts, cpu=cpu))
             for entry in recipe.students
         ]
-        result = _table(recipe, out, results, dumped, teacher_seconds + dumped["seconds"], stages.skipped)
+        paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
+        result = _table(recipe, out, results, cache, paid_once, stages.skipped)
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a stage made: where it lies, a fingerprint of all that it follows from, and the seconds it took."""
+
+    path: str
+    key: str
+    seconds: float
+    found: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Starts:
+    """What a student's `init_from` may name."""
+
+    base: str  # a model's name or folder
+    teacher: _Made
+    pretrained: _Made | None = None
 
 
 def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0]))
+    if recipe.corpus.test is None and recipe.corpus.test_source is None:
+        raise ConfigError(
+            f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
+        )
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
@@ -145,13 +175,9 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
 class _Corpora:
     """The recipe's corpora, each read once."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.choice, self.training = recipe.corpus, recipe.teacher.train
+    def __init__(self, choice: CorpusChoice, teacher: TeacherChoice, task: Task = "sequence-classification") -> None:
+        self.choice, self.training, self.task = choice, teacher.train, task
         self._read: dict[tuple[str, str | None, int | None], Corpus] = {}
-        if recipe.corpus.test is None and recipe.corpus.test_source is None:
-            raise ConfigError(
-                f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
-            )
 
     def key(self, use: str) -> str:
         """A fingerprint of a corpus: of its rows, whatever file they came from."""
@@ -163,7 +189,7 @@ class _Corpora:
         rows = self._rows(use)
         if (source, split, rows) not in self._read:
             self._read[source, split, rows] = read_corpus(
-                source, split=split, text=self.choice.text, label=self.choice.label, rows=rows
+                source, split=split, text=self.choice.text, label=self.choice.label, rows=rows, task=self.task
             )
         return self._read[source, split, rows]
 
@@ -190,76 +216,123 @@ def _state_of(model: str) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _teacher(recipe: Recipe, stages: _Stages, corpora: _Corpora, *, cpu: bool) -> tuple[str, str, float]:
-    """Where the teacher is, what it depends on, and the seconds its fine-tuning took."""
-    choice = recipe.teacher
+def _teacher(choice: TeacherChoice, stages: _Stages, corpora: _Corpora, *, cpu: bool, under: str = "") -> _Made:
+    """The teacher: as it is, or fine-tuned."""
     if choice.train is None:
-        return choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0
+        return _Made(choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0, {})
     key = fingerprint([choice.model_dump(), _state_of(choice.model), corpora.key("train")])
-    out = stages.out / "teacher"
+    out = stages.out / under / "teacher"
     options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}), device="cpu" if cpu else None)
 
     def work() -> dict[str, Any]:
-        corpus = corpora.read("train")
-        report = train_teacher(corpus, model=choice.model, out=out, options=options)
+        report = train_teacher(corpora.read("train"), model=choice.model, out=out, options=options)
         return {"seconds": report.seconds}
 
-    return str(out), key, stages.run("teacher", key, work, makes=out / "config.json")["seconds"]
+    found = stages.run(_stage(under, "teacher"), key, work, makes=out / "config.json")
+    return _Made(str(out), key, found["seconds"], found)
 
 
 def _dump(
-    recipe: Recipe,
+    options: DumpOptions,
     stages: _Stages,
     name: str,
-    corpus: Callable[[], Corpus],
+    corpora: _Corpora,
+    use: str,
     *,
-    teacher: str,
-    key: str,
+    teacher: _Made,
     cpu: bool,
-    logits_only: bool = False,
-) -> dict[str, Any]:
-    out = stages.out / name
-    options = recipe.dump.model_copy(update={"capture": ["logits"]}) if logits_only else recipe.dump
+    under: str = "",
+) -> _Made:
+    out = stages.out / under / name
+    key = fingerprint([teacher.key, corpora.key(use), options.model_dump()])
 
     def work() -> dict[str, Any]:
-        report = dump(corpus(), teacher=teacher, out=out, options=options, device="cpu" if cpu else None)
+        report = dump(corpora.read(use), teacher=teacher.path, out=out, options=options, device="cpu" if cpu else None)
         return {"rows": report.rows, "bytes": report.bytes, "truncated": report.truncated}
 
-    return stages.run(name, [key, options.model_dump()], work, makes=out / "manifest.json")
+    found = stages.run(_stage(under, name), key, work, makes=out / "manifest.json")
+    return _Made(str(out), key, found["seconds"], found)
+
+
+def _stage(under: str, name: str) -> str:
+    return f"{under}-{name}" if under else name
+
+
+def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
+    """The student of an earlier distillation; its seconds are those of everything that it took."""
+    under = "pretrain"
+    task = teacher_task(recipe.teacher.model, recipe.dump.task) if recipe.teacher.train is None else None
+    corpora = _Corpora(recipe.corpus, recipe.teacher, task or "sequence-classification")
+    teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu, under=under)
+    cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu, under=under)
+    starts = _Starts(base=recipe.teacher.model, teacher=teacher)
+    options = _started(recipe.student, starts)
+    run = stages.out / under / "student"
+    key = fingerprint([options.model_dump(), cache.key])
+    work = partial(_train, Path(cache.path), run, options, cpu=cpu)
+    found = stages.run(_stage(under, "student"), key, work, makes=run / "run.json")
+    return _Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
 
 
 def _student(
-    entry: StudentEntry, stages: _Stages, corpora: _Corpora, *, cache_key: str, test_key: str, cpu: bool
+    entry: StudentEntry,
+    stages: _Stages,
+    corpora: _Corpora,
+    *,
+    cache: _Made,
+    test: _Made,
+    starts: _Starts,
+    cpu: bool,
 ) -> dict[str, list[dict[str, Any]]]:
     """The evaluations of a student and of its hard-label twin, one a seed each."""
     found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
     for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
         for seed in entry.seeds:
-            options = _options(entry, kind, seed)
+            options = _started(_options(entry, kind, seed), starts)
             name = f"{entry.name}-{kind}-seed{seed}"
             run = stages.out / "students" / name
-            key = fingerprint([options.model_dump(), cache_key])
+            pretrained = starts.pretrained.key if starts.pretrained and kind == "soft" else None
+            key = fingerprint([options.model_dump(), cache.key, *([pretrained] if pretrained else [])])
             trained = stages.run(
-                f"train-{name}",
-                key,
-                partial(_train, stages.out / "cache", run, options, cpu=cpu),
-                makes=run / "run.json",
+                f"train-{name}", key, partial(_train, Path(cache.path), run, options, cpu=cpu), makes=run / "run.json"
             )
             evaluated = stages.run(
-                f"evaluate-{name}",
-                [key, test_key],
-                partial(_evaluate, run, corpora, stages.out / "cache-test"),
+                f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
             )
             found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
     return found
 
 
 def _options(entry: StudentEntry, kind: str, seed: int) -> StudentOptions:
+    """The options of a student, or of its twin: the same student, which learns from labels alone.
+
+    Where the student starts from what its teacher knows of the task, the twin starts from the pretrained model, and
+    where it starts from a distilled student, the twin starts from nothing.
+    """
     changes: dict[str, Any] = {"seed": seed}
     if kind == "hard":
-        changes |= {"losses": {"ce": 1.0}, "temperature": "1", "epochs": entry.hard_epochs or entry.epochs}
+        options = dict(entry.options)
+        if options.get("init_from") == TEACHER:
+            options["init_from"] = BASE
+        elif options.get("init_from") == PRETRAINED:
+            options = {name: value for name, value in options.items() if name not in ("init_from", "init_layers")}
+        changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
+        changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
     common = {name: getattr(entry, name) for name in StudentOptions.model_fields}
     return StudentOptions(**(common | changes))
+
+
+def _started(options: StudentOptions, starts: _Starts) -> StudentOptions:
+    """`options` with the folder that `init_from` stands for."""
+    start = options.options.get("init_from")
+    if start not in (BASE, TEACHER, PRETRAINED):
+        return options
+    if start == PRETRAINED:
+        assert starts.pretrained is not None  # Recipe asks for it
+        folder = starts.pretrained.path
+    else:
+        folder = str(resolve_pretrained(starts.base if start == BASE else starts.teacher.path))
+    return options.model_copy(update={"options": options.options | {"init_from": folder}})
 
 
 def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dict[str, Any]:
@@ -283,7 +356,7 @@ def _table(
     recipe: Recipe,
     out: Path,
     results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
-    dumped: dict[str, Any],
+    cache: _Made,
     teacher_seconds: float,
     skipped: int,
 ) -> RunResult:
@@ -317,8 +390,8 @@ def _table(
         teacher_parameters=every[0]["latency"]["teacher_parameters"],
         teacher_ms=_mean_of_known([item["latency"]["teacher_ms"] for item in every]),
         teacher_seconds=teacher_seconds,
-        cache_rows=dumped["rows"],
-        cache_bytes=dumped["bytes"],
+        cache_rows=cache.found["rows"],
+        cache_bytes=cache.found["bytes"],
         skipped=skipped,
     )
 

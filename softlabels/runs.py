@@ -51,6 +51,7 @@ class RunRecord(BaseModel):
     max_length: int  # texts are cut to so many tokens
     losses: dict[str, float]
     temperature: str
+    phases: list[dict[str, Any]] = []  # as the recipe has them; then `losses` and `temperature` are the last one's
     seed: int
     epochs_run: int
     best_epoch: int | None

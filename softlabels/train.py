@@ -1,14 +1,15 @@
 """STAGE 2: a cache comes in, a trained student goes out. The teacher is never loaded.
 
-The loop is written out in `_train_epoch`: forward, losses, backward, step. Around it: which rows teach and which
-validate, a checkpoint after every epoch, early stopping, and the run folder at the end.
+The loop is written out in `_train_epoch`: forward, losses, backward, step. Around it: a recipe's phases one after the
+other, each with losses, an optimiser and a best epoch of its own; a checkpoint after every epoch, early stopping, and
+the run folder at the end.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch import nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from softlabels.cache import Cache
 from softlabels.cache.loader import CacheLoader, LoadOptions
-from softlabels.cache.vocab import open_vocab
-from softlabels.captures.output_head import only_targets
+from softlabels.captures import TeacherRun
+from softlabels.captures.live import live_signals, prepare_student
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
-from softlabels.config import StudentOptions, package_versions
-from softlabels.corpus import Corpus, encode_labels
-from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
-from softlabels.losses import HARD
-from softlabels.objective import Objective, build_objective
+from softlabels.config import Phase, StudentOptions, package_versions
+from softlabels.corpus import Corpus
+from softlabels.errors import ConfigError, StudentError
+from softlabels.objective import Objective, build_objective, teacher_layers, teacher_width
+from softlabels.optimizer import ParameterGroup, build_optimizer, clip_gradients
+from softlabels.phases import frozen, parameters_of, write_out
 from softlabels.progress import progress
+from softlabels.projections import Projections, ProjectionSpec
 from softlabels.runs import RunRecord, save_run
-from softlabels.students import LINEAR, StudentSpec, build_student, check_student, student_inputs
+from softlabels.students import LINEAR, StudentSpec, build_student, check_student, count_layers, student_batch
 from softlabels.students.linear import LinearStudent, fit_linear
-from softlabels.tokens import batches_by_length, pad_batch, tokenize
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Signals, TokenBatch, TokenizedExample
+from softlabels.teaching_rows import Split, labelled_rows, split_rows, teaching_rows
+from softlabels.tokens import batches_by_length, pad_batch
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Signals, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,15 @@ class TrainReport:
     seconds: float  # of this call
 
 
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """A phase with what it was found to be for this cache and student."""
+
+    phase: Phase
+    objective: Objective
+    split: Split
+
+
 def train_student(
     cache: Cache,
     *,
@@ -61,37 +75,51 @@ def train_student(
 ) -> TrainReport:
     """Train one student from `cache` into the run folder `out`.
 
-    Rows without a label contribute only the soft terms of `options.losses`; with hard terms alone only labelled rows
-    are used. `validation`, labelled, picks the best epoch by accuracy; without it `options.validation` of the rows is
-    held out and the objective on them decides. `resume` goes on after the last whole epoch, to the same result.
+    Rows without a label contribute only the soft terms of a phase's losses; in a phase of hard terms alone only
+    labelled rows are used. `validation`, labelled, picks the best epoch by accuracy; without it `options.validation` of
+    the rows is held out and the objective on them decides. `resume` goes on after the last whole epoch, to the same
+    result. What the cache cannot give is refused before a row of it is read.
     """
     started = time.monotonic()
     out = Path(out)
     check_options(options)
     task = cache.manifest.teacher.task
     _check_task(cache, options, validation)
-    vocab = open_vocab(cache) if task in LANGUAGE_MODELS and not set(options.losses) <= HARD else None
-    objective = build_objective(options.losses, options.temperature, task=task, vocab=vocab)
-    cache.require(objective.fields(), why=f"loss '{_first_soft(objective)}'")
-    rows = _teaching_rows(cache, objective)
-    split = _hold_out(rows, cache, options, validation)
+    spec = _student_spec(cache, options)
+    layers = None if options.student == LINEAR else count_layers(options.student, spec)
+    phases = write_out(options.all_phases(), student_layers=layers, teacher_layers=teacher_layers(cache))
+    objectives = [build_objective(phase, cache, student_layers=layers) for phase in phases]
+    splits = split_rows(
+        cache,
+        [teaching_rows(cache, objective) for objective in objectives],
+        validation=validation,
+        share=options.validation,
+        seed=options.seed,
+    )
+    stretches = [_Stretch(*parts) for parts in zip(phases, objectives, splits, strict=True)]
     with run_folder(out, _configuration(cache, options, validation), resume=resume):
-        train = _train_linear if options.student == LINEAR else _train_network
-        outcome = train(cache, objective, options, split, out=out, cpu=cpu)
+        if options.student == LINEAR:
+            outcome = _train_linear(cache, options, stretches[0])
+        else:
+            used = np.unique(np.concatenate([split.train for split in splits]))
+            spec = replace(spec, used_ids=cache.used_ids(used))
+            outcome = _train_network(cache, options, stretches, spec, out=out, cpu=cpu)
+        last = phases[-1]
         record = RunRecord(
             student=options.student,
             options=options.options,
             label_names=cache.label_names,
             task=task,
             max_length=cache.manifest.dump.max_length,
-            losses=options.losses,
-            temperature=options.temperature,
+            losses={term.name: term.weight.end for term in objectives[-1].terms},
+            temperature=last.temperature,
+            phases=[phase.model_dump(exclude_defaults=True) for phase in options.phases],
             seed=options.seed,
             epochs_run=outcome.epochs,
             best_epoch=outcome.best_epoch,
             train_seconds=outcome.seconds,
-            train_rows=len(split.train),
-            labelled_rows=int((_labelled(cache)[split.train]).sum()),
+            train_rows=max(len(split.train) for split in splits),
+            labelled_rows=max(int(labelled_rows(cache)[split.train].sum()) for split in splits),
             validation=outcome.validation,
             history=outcome.history,
             cache=_cache_card(cache),
@@ -113,10 +141,14 @@ def train_student(
 
 def check_options(options: StudentOptions) -> None:
     """StudentError or ConfigError for what no cache could make possible."""
-    if check_student(options.student) == LINEAR and set(options.losses) not in ({"mse_logits"}, {"ce"}):
+    if check_student(options.student) != LINEAR:
+        return
+    if options.phases:
+        raise ConfigError("the linear student is fitted in one go: give it 'losses' and no 'phases'")
+    if options.loss_names() not in ({"mse_logits"}, {"ce"}):
         raise ConfigError(
             f"the linear student is a regression on the teacher's logits (--loss mse_logits) or on the labels "
-            f"(--loss ce), one of them alone; not {', '.join(sorted(options.losses))}"
+            f"(--loss ce), one of them alone; not {', '.join(sorted(options.loss_names()))}"
         )
 
 
@@ -124,22 +156,15 @@ def check_options(options: StudentOptions) -> None:
 
 
 def _train_epoch(
-    student: PreTrainedModel,
-    cache: Cache,
-    objective: Objective,
-    options: StudentOptions,
-    split: _Split,
-    *,
-    tools: _Tools,
-    state: Progress,
-    update,
+    cache: Cache, stretch: _Stretch, options: StudentOptions, *, tools: _Tools, state: Progress, update
 ) -> float:
-    """One pass over the training rows; the mean loss."""
+    """One pass over the training rows of a phase; the mean loss."""
+    student, objective = tools.run.model, tools.objective
     student.train()
     loader = cache.loader(
-        split.train,
-        objective.fields(),
-        batch_size=options.batch_size,
+        stretch.split.train,
+        objective.fields,
+        batch_size=_size(stretch.phase.batch_size),
         seed=options.seed,
         epoch=state.epoch,
         options=LoadOptions(reuse=True),  # a batch is done with when the next one is asked for
@@ -148,12 +173,13 @@ def _train_epoch(
     with closing(iter(loader)) as batches:  # its thread ends here, also when a step fails
         for batch in batches:
             batch = batch.to(tools.accelerator.device)
-            student_says = _forward(student, batch.tokens, objective)
+            student_says = _forward(tools.run, batch.tokens)
             teacher_says = objective.hear(batch.teacher)
-            loss, parts = objective(student_says, teacher_says, progress=state.step / max(tools.steps - 1, 1))
-            _refuse_divergence(loss, "the loss", options, state)
+            done = (state.step - state.phase_start) / max(tools.steps - 1, 1)
+            loss, parts = objective(student_says, teacher_says, progress=done)
+            _refuse_divergence(loss, "the loss", stretch.phase, state)
             tools.accelerator.backward(loss)
-            tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
+            clip_gradients(tools.parameters, options.clip)
             tools.optimizer.step()
             tools.schedule.step()
             tools.optimizer.zero_grad()
@@ -163,33 +189,33 @@ def _train_epoch(
             total += figures["loss"]
             update(1, loss=figures["loss"])
     weights = torch.stack([parameter.detach().float().sum() for parameter in student.parameters()])
-    _refuse_divergence(weights, "the student's weights", options, state)  # the last step's loss came before it
+    _refuse_divergence(weights, "the student's weights", stretch.phase, state)  # the last step's loss came before it
     return total / len(loader)
 
 
-def _refuse_divergence(values: torch.Tensor, what: str, options: StudentOptions, state: Progress) -> None:
+def _refuse_divergence(values: torch.Tensor, what: str, phase: Phase, state: Progress) -> None:
     if not torch.isfinite(values).all():
         number = values[~torch.isfinite(values)].flatten()[0].item()
         raise StudentError(
             f"{what} became {number} in epoch {state.epoch + 1}, step {state.step}: give a smaller --lr than "
-            f"{options.lr:g}"
+            f"{phase.lr:g}"
         )
 
 
-def _forward(student: PreTrainedModel, batch: TokenBatch, objective: Objective) -> Signals:
+def _forward(run: TeacherRun, batch: TokenBatch) -> Signals:
     """What the student says; a language model only at its targets, (T, V)."""
-    targets = batch.labels != NO_LABEL if objective.language else None
-    with only_targets(student, targets):
-        logits = student(**student_inputs(student, batch)).logits.float()  # (B, C) or (T, V)
-    return Signals({"logits": logits}, batch.attention_mask, batch.labels)
+    return live_signals(run, student_batch(run.model, batch))
 
 
 @dataclass(frozen=True, slots=True)
 class _Tools:
+    run: TeacherRun  # the student, set up for what the losses look at
+    objective: Objective  # with its projections, where the student is
+    parameters: list[nn.Parameter]  # what learns, projections included
     accelerator: Accelerator
     optimizer: Any
     schedule: Any
-    steps: int  # of the whole training
+    steps: int  # of the phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,41 +229,70 @@ class _Outcome:
 
 
 def _train_network(
-    cache: Cache, objective: Objective, options: StudentOptions, split: _Split, *, out: Path, cpu: bool
+    cache: Cache, options: StudentOptions, stretches: list[_Stretch], spec: StudentSpec, *, out: Path, cpu: bool
 ) -> _Outcome:
-    """Epochs with validation, checkpoints and early stopping; the weights of the best epoch are kept."""
+    """Phase after phase; each starts from the weights of the best epoch of the one before."""
     set_seed(options.seed)
-    student = build_student(options.student, _student_spec(cache, options, split))
+    student = build_student(options.student, spec)
     _refuse_misfit(student, cache)
-    student, tools = _prepare(student, options, split, out=out, cpu=cpu)
-    objective = objective.to(tools.accelerator.device)
-    state = restore(out, tools.accelerator)
-    done = state.epoch * (tools.steps // options.epochs)
-    with progress(tools.steps, description=f"train {options.student}", unit="steps", done=done) as update:
-        while state.epoch < options.epochs and not _is_exhausted(state, options):
-            began = time.monotonic()
-            loss = _train_epoch(student, cache, objective, options, split, tools=tools, state=state, update=update)
-            scores = _validate(student, cache, objective, split, device=tools.accelerator.device)
-            _refuse_divergence(torch.tensor(scores.get("loss", 0.0)), "the validation loss", options, state)
-            state.epoch += 1
-            state.history.append({"epoch": state.epoch, "train/loss": loss, **scores})
-            tools.accelerator.log(scores, step=state.step)
-            score = scores.get("accuracy", -scores["loss"] if "loss" in scores else float(state.epoch))
-            if score > state.best_score:
-                state.best_score, state.best_epoch = score, state.epoch
-            state.seconds += time.monotonic() - began
-            save_checkpoint(out, student, tools.accelerator, state)
-    tools.accelerator.end_training()
+    attention = student.config._attn_implementation
+    state = Progress.of(out)
+    totals = [_size(stretch.phase.epochs) * _steps_an_epoch(stretch) for stretch in stretches]
+    before = sum(totals[: state.phase])
+    done = before + (state.epoch - state.phase_epoch) * _steps_an_epoch(stretches[state.phase])
+    with progress(sum(totals), description=f"train {options.student}", unit="steps", done=done) as update:
+        for number in range(state.phase, len(stretches)):
+            if number > state.phase:
+                student.load_state_dict(best_weights(out), strict=True)
+                state.next_phase()
+                set_seed(options.seed + number)
+            with frozen(student, stretches[number].phase.freeze):
+                _train_phase(student, cache, stretches[number], options, state, out=out, cpu=cpu, update=update)
     student.load_state_dict(best_weights(out), strict=True)
+    if student.config._attn_implementation != attention:
+        student.set_attn_implementation(attention)
     student.eval()
     best = next(entry for entry in state.history if entry["epoch"] == state.best_epoch)
-    validation = {name: value for name, value in best.items() if name not in ("epoch", "train/loss")}
+    validation = {name: value for name, value in best.items() if name not in ("epoch", "phase", "train/loss")}
     return _Outcome(student.cpu(), state.epoch, state.best_epoch, validation, state.history, state.seconds)
 
 
+def _train_phase(
+    student: PreTrainedModel,
+    cache: Cache,
+    stretch: _Stretch,
+    options: StudentOptions,
+    state: Progress,
+    *,
+    out: Path,
+    cpu: bool,
+    update,
+) -> None:
+    """Epochs with validation, checkpoints and early stopping."""
+    tools = _prepare(student, cache, stretch, options, out=out, cpu=cpu)
+    restore(out, tools.accelerator, state)
+    while state.epoch - state.phase_epoch < _size(stretch.phase.epochs) and not _is_exhausted(state, options):
+        began = time.monotonic()
+        loss = _train_epoch(cache, stretch, options, tools=tools, state=state, update=update)
+        scores = _validate(cache, stretch, tools)
+        _refuse_divergence(torch.tensor(scores.get("loss", 0.0)), "the validation loss", stretch.phase, state)
+        state.epoch += 1
+        phase = {"phase": state.phase} if options.phases else {}
+        state.history.append({"epoch": state.epoch, **phase, "train/loss": loss, **scores})
+        tools.accelerator.log(scores, step=state.step)
+        score = scores.get("accuracy", -scores["loss"] if "loss" in scores else float(state.epoch))
+        if score > state.best_score:
+            state.best_score, state.best_epoch = score, state.epoch
+        state.seconds += time.monotonic() - began
+        save_checkpoint(out, student, tools.accelerator, state)
+    tools.accelerator.end_training()
+    tools.accelerator.free_memory()
+
+
 def _prepare(
-    student: PreTrainedModel, options: StudentOptions, split: _Split, *, out: Path, cpu: bool
-) -> tuple[PreTrainedModel, _Tools]:
+    student: PreTrainedModel, cache: Cache, stretch: _Stretch, options: StudentOptions, *, out: Path, cpu: bool
+) -> _Tools:
+    phase, objective = stretch.phase, stretch.objective
     accelerator = Accelerator(
         cpu=cpu,
         log_with="tensorboard",
@@ -247,127 +302,132 @@ def _prepare(
     if accelerator.num_processes > 1:
         raise ConfigError("this version trains a student in one process: start it without `accelerate launch`")
     accelerator.init_trackers("tensorboard")
-    steps = options.epochs * -(-len(split.train) // options.batch_size)
-    decayed = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]  # biases and norms
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr,
-        fused=True,
+    steps = _size(phase.epochs) * _steps_an_epoch(stretch)
+    student = student.to(accelerator.device)
+    probe = cache.tokens(stretch.split.train[:2]).to(accelerator.device)
+    run = prepare_student(student, objective.looks_at(), student_batch(student, probe), language=objective.language)
+    projections = _make_projections(phase, objective, cache, run, probe)
+    objective = replace(objective.to(accelerator.device), projections=projections)
+    optimizer: Any = build_optimizer(
+        student,
+        lr=_size(phase.lr),
+        weight_decay=_size(phase.weight_decay),
+        groups=_groups(student, phase, objective),
     )
-    schedule = get_linear_schedule_with_warmup(optimizer, int(steps * options.warmup), steps)
+    schedule: Any = get_linear_schedule_with_warmup(optimizer, int(steps * _size(phase.warmup)), steps)
     student, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
-    return student, _Tools(accelerator, optimizer, schedule, steps)
+    if projections is not None:
+        projections = accelerator.prepare(projections.to(accelerator.device))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return _Tools(run, objective, parameters, accelerator, optimizer, schedule, steps)
+
+
+def _make_projections(
+    phase: Phase, objective: Objective, cache: Cache, run: TeacherRun, probe: TokenBatch
+) -> Projections | None:
+    """The projections that the phase asks for, as wide as the student's hidden states and the teacher's."""
+    wanted = [(term, own) for term, own in zip(phase.terms, objective.terms, strict=True) if own.project is not None]
+    if not wanted:
+        return None
+    with torch.no_grad():
+        says = _forward(run, probe)
+    specs = []
+    for term, own in wanted:
+        pair = own.pairs[0]
+        if "hidden" not in objective.looks_at() or term.project is None:
+            raise ConfigError(f"loss '{own.loss}' looks at no hidden states: it has nothing to 'project'")
+        specs.append(
+            ProjectionSpec(
+                own.name,
+                term.project,
+                student_width=says.hidden(pair.student).shape[-1],
+                teacher_width=teacher_width(cache, pair.teacher),
+                pairs=len(own.pairs),
+                shared=term.share_projection,
+                lr_scale=term.project_lr,
+            )
+        )
+    return Projections(specs)
+
+
+def _groups(student: PreTrainedModel, phase: Phase, objective: Objective) -> list[ParameterGroup]:
+    """What learns at another rate than the phase's: slow parts of the student, and projections, which are not in it."""
+    parameters = dict(student.named_parameters())
+    groups = [
+        ParameterGroup([parameters[name] for name in parameters_of(student, part)], lr_scale=scale)
+        for part, scale in phase.slow.items()
+    ]
+    projections = objective.projections
+    if projections is not None:
+        groups += [
+            ParameterGroup(projections.of(name), lr_scale=spec.lr_scale) for name, spec in projections.specs.items()
+        ]
+    return groups
 
 
 @torch.no_grad()
-def _validate(
-    student: PreTrainedModel, cache: Cache, objective: Objective, split: _Split, *, device: torch.device
-) -> dict[str, float]:
-    """Accuracy on the validation corpus; or the objective, at its last temperature, on the held-out rows."""
+def _validate(cache: Cache, stretch: _Stretch, tools: _Tools) -> dict[str, float]:
+    """Accuracy on the validation corpus; or the objective, as at the end of the phase, on the held-out rows."""
+    student, objective, split = tools.run.model, tools.objective, stretch.split
+    device = tools.accelerator.device
     student.eval()
     if split.corpus:
+        if not objective.on_logits:
+            return {}  # the student does not answer yet
         right = 0
         lengths = [len(example.input_ids) for example in split.corpus]
         for numbers in batches_by_length(lengths, batch_size=64):
             batch = pad_batch([split.corpus[i] for i in numbers], pad_token_id=cache.manifest.teacher.pad_token_id)
             batch = batch.to(device)
-            right += int((_forward(student, batch, objective).logits.argmax(-1) == batch.labels).sum())
+            right += int((_forward(tools.run, batch).logits.argmax(-1) == batch.labels).sum())
         return {"accuracy": right / len(split.corpus)}
     if not len(split.held_out):
         return {}
     total, weight = 0.0, 0
     rows = [split.held_out[numbers] for numbers in batches_by_length(cache.lengths[split.held_out], batch_size=64)]
-    for held_out in CacheLoader(cache, rows, objective.fields(), LoadOptions(reuse=True)):
+    for held_out in CacheLoader(cache, rows, objective.fields, LoadOptions(reuse=True)):
         moved = held_out.to(device)
-        loss, _ = objective(_forward(student, moved.tokens, objective), objective.hear(moved.teacher), progress=1.0)
+        loss, _ = objective(_forward(tools.run, moved.tokens), objective.hear(moved.teacher), progress=1.0)
         count = int((moved.tokens.labels != NO_LABEL).sum()) if objective.language else len(moved.rows)
         total, weight = total + loss.item() * count, weight + count
     return {"loss": total / max(weight, 1)}
 
 
 def _is_exhausted(state: Progress, options: StudentOptions) -> bool:
-    return options.patience is not None and state.epoch - (state.best_epoch or 0) >= options.patience
+    return options.patience is not None and state.epoch - max(state.best_epoch or 0, state.phase_epoch) >= (
+        options.patience
+    )
 
 
-# ------------------------------------------------------------------------------------------------- --------- rows
+def _steps_an_epoch(stretch: _Stretch) -> int:
+    return -(-len(stretch.split.train) // _size(stretch.phase.batch_size))
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    train: np.ndarray  # row numbers of the cache
-    held_out: np.ndarray
-    corpus: list[TokenizedExample]  # of the validation corpus, empty without one
+def _size(value: Any) -> Any:
+    """A setting of a phase in which nothing is left open."""
+    assert value is not None
+    return value
 
 
-def _first_soft(objective: Objective) -> str:
-    return next((name for name in objective.weights if objective.needs_teacher and name != "ce"), "ce")
-
-
-def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
-    if cache.rows < 2:
-        raise CacheError(f"cache {cache.path} has one row only: there is nothing to learn from it. Dump more rows")
-    labelled = np.flatnonzero(_labelled(cache))
-    if objective.language:
-        if not len(labelled):
-            raise CacheError(f"no row of cache {cache.path} has a token to predict: dump longer texts")
-        return labelled
-    if objective.needs_labels and not len(labelled):
-        raise CacheError(
-            f"loss 'ce' needs labels; no row of cache {cache.path} has one. Leave --loss ce out, or dump labelled rows"
-        )
-    if objective.needs_teacher:
-        return np.arange(cache.rows)
-    if len(np.unique(cache.labels[labelled])) < 2:
-        raise CacheError(
-            f"the labelled rows of cache {cache.path} are all of one class: there is nothing to tell apart"
-        )
-    return labelled
-
-
-def _labelled(cache: Cache) -> np.ndarray:
-    """(N,) bool: rows with a class, or with tokens to predict."""
-    return cache.labels != NO_LABEL if cache.targets is None else cache.targets > 0
+# ---------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_task(cache: Cache, options: StudentOptions, validation: Corpus | None) -> None:
     """ConfigError for what can't be learned from such a teacher, or not by such a student."""
     task = cache.manifest.teacher.task
-    if task not in ("sequence-classification", *LANGUAGE_MODELS):
+    if task not in ("sequence-classification", "sentence-embedding", *LANGUAGE_MODELS):
         raise ConfigError(
-            f"train-student learns from classifiers of texts and from language models so far; the teacher of this "
-            f"cache is for {task}. Was it fine-tuned with softlabels train-teacher?"
+            f"train-student learns from classifiers and encoders of texts and from language models so far; the teacher "
+            f"of this cache is for {task}. Was it fine-tuned with softlabels train-teacher?"
         )
-    if task in LANGUAGE_MODELS and options.student != "transformer":
+    if task != "sequence-classification" and options.student != "transformer":
         raise ConfigError(f"student '{options.student}' can't be a {task}: give --student transformer")
-    if task in LANGUAGE_MODELS and validation is not None:
-        raise ConfigError("a language model's student is validated on held-out rows of its cache: leave --eval out")
+    if task != "sequence-classification" and validation is not None:
+        raise ConfigError(f"the student of a {task} is validated on held-out rows of its cache: leave --eval out")
 
 
-def _hold_out(rows: np.ndarray, cache: Cache, options: StudentOptions, validation: Corpus | None) -> _Split:
-    none = np.array([], dtype=np.int64)
-    if validation is not None:
-        labels = encode_labels(validation.examples, cache.label_names)
-        kept = [
-            (example, label) for example, label in zip(validation.examples, labels, strict=True) if label != NO_LABEL
-        ]
-        if not kept:
-            raise CorpusError(
-                f"validation corpus {validation.source} has no labelled row: leave --eval out, or label it"
-            )
-        tokens = tokenize(
-            cache.tokenizer(),
-            [example for example, _ in kept],
-            max_length=cache.manifest.dump.max_length,
-            labels=[label for _, label in kept],
-        )
-        return _Split(rows, none, tokens.examples)
-    count = int(len(rows) * options.validation)
-    order = np.random.default_rng(options.seed).permutation(rows)
-    return _Split(np.sort(order[count:]), np.sort(order[:count]), [])
-
-
-def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> StudentSpec:
+def _student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
+    """What the cache asks of any student; the tokens of its training rows are filled in when they are read."""
     teacher = cache.manifest.teacher
     return StudentSpec(
         label_names=cache.label_names,
@@ -375,7 +435,7 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         pad_token_id=teacher.pad_token_id,
         unk_token_id=teacher.unk_token_id,
         max_length=cache.manifest.dump.max_length,
-        used_ids=cache.used_ids(split.train),
+        used_ids=np.array([], dtype=np.int64),
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
@@ -383,7 +443,7 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
 
 
 def _refuse_misfit(student: PreTrainedModel, cache: Cache) -> None:
-    if cache.manifest.teacher.task in LANGUAGE_MODELS:
+    if cache.manifest.teacher.task != "sequence-classification":
         return  # it was tried out when it was built
     if student.config.num_labels != len(cache.label_names):
         raise StudentError(
@@ -411,12 +471,10 @@ def _cache_card(cache: Cache) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- linear
 
 
-def _train_linear(
-    cache: Cache, objective: Objective, options: StudentOptions, split: _Split, *, out: Path, cpu: bool
-) -> _Outcome:
+def _train_linear(cache: Cache, options: StudentOptions, stretch: _Stretch) -> _Outcome:
     """TF-IDF and a linear model on the texts of the cache: on the teacher's logits, or on the labels."""
     began = time.monotonic()
-    texts = cache.texts()
+    texts, objective, split = cache.texts(), stretch.objective, stretch.split
     soft = objective.needs_teacher
     student = fit_linear(
         [texts[row][0] for row in split.train],
@@ -432,7 +490,7 @@ def _train_linear(
         logits = student.logits([row.text for row in split.corpus], pairs=[row.text_b for row in split.corpus])
         scores["accuracy"] = float(np.mean(logits.argmax(1) == [row.label for row in split.corpus]))
     elif len(split.held_out):
-        teacher = cache.signals(split.held_out, objective.fields())
+        teacher = cache.signals(split.held_out, objective.fields)
         held_out = [texts[row] for row in split.held_out]
         logits = student.logits([text for text, _ in held_out], pairs=[pair for _, pair in held_out])
         own = Signals({"logits": torch.from_numpy(logits)}, teacher.mask, teacher.labels)

@@ -125,6 +125,18 @@ class ImageBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPair:
+    """The layers that a loss compares: numbered from 1, 0 is the embedding output.
+
+    `then` are the second layers of both sides, for a loss that compares two layers with each other (`gram`).
+    """
+
+    student: int
+    teacher: int
+    then: LayerPair | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Signals:
     """What a loss sees of either side, teacher (from the cache) or student (live), by the same names.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -89,12 +89,25 @@ def load_student(kind: str, folder: Path) -> PreTrainedModel:
         return _module(kind).load(folder)
 
 
-def student_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Tensor]:
+def student_batch(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
     """What `model` takes of `batch`: token types are left out where it has no use for them (DistilBERT)."""
-    inputs = batch.model_inputs()
-    if "token_type_ids" in inputs and "token_type_ids" not in inspect.signature(model.forward).parameters:
-        del inputs["token_type_ids"]
-    return inputs
+    if batch.token_type_ids is None or "token_type_ids" in inspect.signature(model.forward).parameters:
+        return batch
+    return replace(batch, token_type_ids=None)
+
+
+def student_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Tensor]:
+    """The keyword arguments of the model's forward for `batch`."""
+    return student_batch(model, batch).model_inputs()
+
+
+def count_layers(kind: str, spec: StudentSpec) -> int | None:
+    """How many layers with hidden states and attention such a student would have; None for those that have none.
+
+    Nothing is built. StudentError for options that don't fit.
+    """
+    count = getattr(_module(kind), "count_layers", None)
+    return None if count is None else count(spec)
 
 
 Options = TypeVar("Options", bound=Strict)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -40,6 +41,7 @@ _KINDS: dict[Task, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "masked-lm": AutoModelForMaskedLM,
     "causal-lm": AutoModelForCausalLM,
+    "sentence-embedding": AutoModel,  # a bare encoder, which learns from layers
 }
 WIDTH_OF_A_HEAD = 64
 SHORT_NAMES = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
@@ -63,6 +65,13 @@ def build(spec: StudentSpec) -> PreTrainedModel:
     if teacher is not None:
         copy_layers(teacher, student)
     return student
+
+
+def count_layers(spec: StudentSpec) -> int:
+    """How many layers a transformer for `spec` has."""
+    options = dict(spec.options)
+    teacher = _read_init(options)
+    return _make_config(spec, options, teacher).num_hidden_layers
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -95,7 +104,10 @@ def _try_out(student: PreTrainedModel, spec: StudentSpec) -> None:
             wanted: tuple[int, ...] = (2, len(spec.label_names))
             if spec.task in LANGUAGE_MODELS:
                 wanted = (2, spec.max_length, spec.vocab_size)
-            shape = tuple(student.eval()(**student_inputs(student, batch)).logits.shape)
+            elif spec.task == "sentence-embedding":
+                wanted = (2, spec.max_length, student.config.hidden_size)
+            output = student.eval()(**student_inputs(student, batch))
+            shape = tuple(output[0].shape) if spec.task == "sentence-embedding" else tuple(output.logits.shape)
         fault = "" if shape == wanted else f"it gives {shape}"
     except Exception as error:  # each architecture fails in its own way
         fault = _one_line(error)

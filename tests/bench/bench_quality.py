@@ -1,0 +1,334 @@
+"""Every recipe on real text, from one cache a task: what students gain by their teacher.
+
+Run it:  make bench      or  python -m tests.bench.bench_quality [--tasks sst2,…] [--recipes hinton,…] [--seeds 3]
+                             [--jobs 2] [--folder DIR] [--small]
+
+A task is a shared corpus: some labelled rows, from which the teacher and the students' hard-label twins learn, and more
+of its rows without their labels; the teacher reads all of them once, into one cache with its logits, hidden states,
+queries, keys and values, from which every recipe trains. The teacher is the demo's MiniLM, fine-tuned; for tnews a BERT
+of 6 layers, 192 wide, trained from nothing. Test rows whose text is also in the training split are left out.
+
+A recipe is as it lies in pipeline/, with these changes, so that one cache serves all: what it pretrains on a cache of
+its own (tinybert, minilm, minilm-v2) is a phase before its others, from the task's cache; distilbert has its task stage
+alone; nothing is augmented, for there are unlabelled rows; mobilebert's student is as deep and wide as MiniLM.
+
+The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
+trained on the labelled rows' labels alone, for as many epochs as its recipe says. With --folder a broken run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CORPORA = Path(__file__).parents[3] / "shared" / "corpora"
+CAPTURES = ["logits", "hidden:all", "qkv:all"]
+MINILM, LENGTH = "all-MiniLM-L6-v2", 64
+DKD_NEEDS = 3  # classes; so does dist
+
+
+@dataclass(frozen=True)
+class Task:
+    """A corpus, and how much of it is used."""
+
+    labelled: int
+    unlabelled: int
+    test: int
+    epochs: int  # of the teacher
+    chinese: bool = False
+
+
+TASKS = {
+    "sst2": Task(labelled=1500, unlabelled=4500, test=1821, epochs=3),
+    "banking77": Task(labelled=2500, unlabelled=3500, test=2000, epochs=8),
+    "twitter_financial_sentiment": Task(labelled=1500, unlabelled=4500, test=2000, epochs=4),
+    "tnews": Task(labelled=6000, unlabelled=2000, test=2000, epochs=5, chinese=True),
+}
+SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
+NO_START = ("init_from", "init_layers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student to train and score."""
+
+    task: str
+    recipe: str
+    student: str
+    kind: str  # soft or hard
+    seed: int
+    options: dict[str, Any]
+    twin: str  # the name of the twin that it is held against
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.twin}-seed{self.seed}" if self.kind == "hard" else f"{self.recipe}-{self.student}-seed{self.seed}"
+        )
+
+
+def rows_of(name: str, split: str) -> list[dict[str, Any]]:
+    path = CORPORA / name / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if not row.get("in_train")]
+
+
+def write_task(name: str, task: Task, folder: Path) -> None:
+    """train.jsonl, transfer.jsonl (the same rows, then unlabelled ones) and test.jsonl."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(name, "train")
+    if name == "sst2":  # many rows are a word or two
+        rows = [row for row in rows if len(row["text"].split()) >= 5]
+    order = np.random.default_rng(0).permutation(len(rows))
+    chosen = [rows[i] for i in order[: task.labelled + task.unlabelled]]
+    test_split = "dev" if name == "tnews" else "test"
+    test = rows_of(name, test_split)
+    held = [test[i] for i in np.random.default_rng(1).permutation(len(test))[: task.test]]
+    labelled = [{"text": row["text"], "label": str(row["label"])} for row in chosen[: task.labelled]]
+    bare = [{"text": row["text"]} for row in chosen[task.labelled :]]
+    tested = [{"text": row["text"], "label": str(row["label"])} for row in held]
+    for file, content in (("train", labelled), ("transfer", labelled + bare), ("test", tested)):
+        lines = [json.dumps({"id": f"{file}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(content)]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def chinese_tokenizer(folder: Path) -> Path:
+    from transformers import BertTokenizer
+
+    if not folder.exists():
+        vocab = CORPORA / "bert_vocabs" / "raw" / "bert-base-chinese-vocab.txt"
+        BertTokenizer(str(vocab), model_max_length=LENGTH).save_pretrained(folder)
+    return folder
+
+
+def make_teacher(name: str, task: Task, folder: Path) -> dict[str, Any]:
+    """Teacher and caches of a task, made where they are missing; what they cost and scored."""
+    from softlabels.config import DumpOptions
+    from softlabels.corpus import read_corpus
+    from softlabels.dump import dump
+    from softlabels.progress import quiet
+    from softlabels.teacher import TeacherOptions, train_teacher
+
+    done = folder / "teacher.done.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    write_task(name, task, folder)
+    settings: dict[str, Any] = {"epochs": task.epochs, "lr": 2e-4, "max_length": LENGTH}
+    model = MINILM
+    if task.chinese:
+        model = "bert-mini"
+        sizes = {"layers": 6, "hidden_size": 192, "heads": 12, "intermediate_size": 768}
+        tokenizer = str(chinese_tokenizer(folder / "tokenizer"))
+        settings |= {"lr": 5e-4, "from_scratch": True, "tokenizer": tokenizer, "options": sizes}
+    with quiet():
+        train = read_corpus(folder / "train.jsonl")
+        options = TeacherOptions(device="cpu", **settings)
+        report = train_teacher(train, model=model, out=folder / "teacher", options=options)
+        common = {"max_length": LENGTH, "text": True}
+        whole = dump(
+            read_corpus(folder / "transfer.jsonl"),
+            teacher=str(folder / "teacher"),
+            out=folder / "cache",
+            options=DumpOptions(capture=CAPTURES, **common),
+            device="cpu",
+        )
+        tested = dump(
+            read_corpus(folder / "test.jsonl"),
+            teacher=str(folder / "teacher"),
+            out=folder / "cache-test",
+            options=DumpOptions(capture=["logits"], **common),
+            device="cpu",
+        )
+    found = {"tuning": report.seconds, "dump": whole.seconds, "bytes": whole.bytes, "test_dump": tested.seconds}
+    done.write_text(json.dumps(found))
+    return found
+
+
+def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: Path, scale: int) -> Iterator[Job]:
+    """Every student of every recipe, and each twin once."""
+    from softlabels.config import read_recipe
+
+    twins: dict[str, str] = {}
+    for recipe_name in recipes:
+        recipe = read_recipe(recipe_name)
+        for entry in recipe.students:
+            options = entry.model_dump(exclude_unset=True)
+            for key in ("name", "hard_twin", "hard_epochs", "seeds"):
+                options.pop(key, None)
+            options["options"] = fit_student(recipe_name, entry.options, recipe, task, folder)
+            if recipe.pretrain is not None and recipe_name != "distilbert":
+                before = recipe.pretrain.student.model_dump(exclude_unset=True)["phases"]
+                own = options.pop("phases", None) or [
+                    {"name": "task", "losses": options.pop("losses"), "temperature": options.pop("temperature", "1")}
+                ]
+                options["phases"] = [*before, *own]
+            options["validation"] = 0.05
+            epochs = max(1, (entry.hard_epochs or entry.epochs) // scale)
+            hard = {key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options}
+            start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name.startswith("pkd")}
+            hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs, "validation": 0.05}
+            key = json.dumps(hard, sort_keys=True)
+            twin = twins.setdefault(key, f"twin{len(twins)}-{entry.student}")
+            for seed in range(seeds):
+                yield Job(task_name, recipe_name, entry.name, "soft", seed, options | {"seed": seed}, twin)
+                yield Job(task_name, recipe_name, entry.name, "hard", seed, hard | {"seed": seed}, twin)
+
+
+def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folder: Path) -> dict[str, Any]:
+    """The student's options for the task's teacher: see the module."""
+    from softlabels.pretrained import resolve_pretrained
+
+    options = dict(given)
+    if recipe.pretrain is not None and name != "distilbert":  # its shape is the pretrained one's
+        options = dict(recipe.pretrain.student.options)
+    if name == "mobilebert":
+        wide = {"hidden_size": 192, "intra_bottleneck_size": 48} if task.chinese else {"hidden_size": 384}
+        options |= {"layers": 6, "heads": 12, "intra_bottleneck_size": 96, **wide}
+    if name == "distilbert":
+        options |= {"init_from": "teacher", "init_layers": [1, 3, 5]}
+    if options.get("init_from") == "base":
+        options["init_from"] = str(folder / "teacher" if task.chinese else resolve_pretrained(MINILM))
+    elif options.get("init_from") in ("teacher", "pretrained"):
+        options["init_from"] = str(folder / "teacher")
+    return options
+
+
+def run_job(job: Job, folder: str) -> dict[str, Any]:
+    """Train and score one student, in a process of its own."""
+    import torch
+
+    from softlabels.cache import open_cache
+    from softlabels.config import StudentOptions
+    from softlabels.corpus import read_corpus
+    from softlabels.evaluate import evaluate
+    from softlabels.progress import quiet
+    from softlabels.train import train_student
+
+    torch.set_num_threads(1)
+    place = Path(folder) / job.task
+    result = place / "results" / f"{job.name}.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    options = StudentOptions.model_validate(job.options)
+    out = place / "runs" / job.name
+    with quiet():
+        report = train_student(open_cache(place / "cache"), out=out, options=options, resume=True, cpu=True)
+        found = evaluate(out, read_corpus(place / "test.jsonl"), cache=open_cache(place / "cache-test")).to_dict()
+    figures = {
+        "accuracy": found["accuracy"],
+        "macro_f1": found["macro_f1"],
+        "parameters": found["parameters"],
+        "ms": found["latency"]["ms"],
+        "seconds": report.train_seconds,
+        "agreement": found["fidelity"]["agreement"],
+        "teacher": found["fidelity"]["teacher_accuracy"],
+        "teacher_f1": found["fidelity"]["teacher_macro_f1"],
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(figures))
+    return figures
+
+
+def mean_of(found: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(item[key] for item in found)
+
+
+def print_task(name: str, cost: dict[str, Any], jobs: list[Job], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The task's table; per recipe and student its gain over the twin, and the share closed."""
+    some = next(iter(found.values()))
+    teacher = some["teacher"]
+    print(
+        f"\n{name}: teacher {100 * teacher:.1f} accuracy, {100 * some['teacher_f1']:.1f} macro-F1; tuned in "
+        f"{cost['tuning']:.0f} s, dumped in {cost['dump']:.0f} s into {cost['bytes'] / 1e6:,.0f} MB"
+    )
+    print(
+        f"{'recipe':<24}{'student':<14}{'acc soft':>9}{'±':>5}{'acc hard':>9}{'F1 soft':>9}{'F1 hard':>9}{'closed':>8}"
+        f"{'agree':>7}{'parameters':>12}{'ms':>7}{'train s':>9}"
+    )
+    gains: dict[str, Any] = {}
+    for recipe, student in dict.fromkeys((job.recipe, job.student) for job in jobs):
+        mine = [job for job in jobs if (job.recipe, job.student) == (recipe, student)]
+        soft = [found[job.name] for job in mine if job.kind == "soft" and job.name in found]
+        hard = [found[job.name] for job in mine if job.kind == "hard" and job.name in found]
+        if not soft or not hard:
+            continue
+        acc, twin = mean_of(soft, "accuracy"), mean_of(hard, "accuracy")
+        spread = statistics.pstdev([item["accuracy"] for item in soft])
+        closed = (acc - twin) / (teacher - twin) if teacher > twin else float("nan")
+        gains[f"{recipe}/{student}"] = {"gain": acc - twin, "closed": closed, "soft": acc, "hard": twin}
+        print(
+            f"{recipe:<24}{student:<14}{100 * acc:>9.1f}{100 * spread:>5.1f}{100 * twin:>9.1f}"
+            f"{100 * mean_of(soft, 'macro_f1'):>9.1f}{100 * mean_of(hard, 'macro_f1'):>9.1f}{closed:>8.0%}"
+            f"{100 * mean_of(soft, 'agreement'):>7.1f}{soft[0]['parameters']:>12,}{mean_of(soft, 'ms'):>7.2f}"
+            f"{mean_of(soft, 'seconds'):>9.1f}",
+            flush=True,
+        )
+    return gains
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--recipes", default=None, help="by default all but quickstart")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--folder", type=Path, default=None, help="what is made stays there, and a broken run goes on")
+    parser.add_argument("--small", action="store_true", help="a few hundred rows: to see that it runs")
+    given = parser.parse_args()
+    if not (CORPORA / "sst2").is_dir():
+        print(f"skipped: no folder {CORPORA / 'sst2'}")
+        return
+    os.environ["SOFTLABELS_QUIET"] = "1"
+    from softlabels.config import recipes_folder
+
+    names = sorted(path.stem for path in recipes_folder().glob("*.yaml") if path.stem != "quickstart")
+    recipes = given.recipes.split(",") if given.recipes else names
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        every: dict[str, dict[str, Any]] = {}
+        for name in given.tasks.split(","):
+            task = TASKS[name]
+            if given.small:
+                task = Task(SMALL.labelled, SMALL.unlabelled, SMALL.test, SMALL.epochs, task.chinese)
+            cost = make_teacher(name, task, folder / name)
+            classes = len({str(row["label"]) for row in map(json.loads, (folder / name / "train.jsonl").open())})
+            wanted = [r for r in recipes if classes >= DKD_NEEDS or r not in ("dkd", "dist")]
+            jobs = list(jobs_of(name, task, wanted, given.seeds, folder / name, 4 if given.small else 1))
+            unique = {job.name: job for job in jobs}
+            found: dict[str, dict[str, Any]] = {}
+            began = time.monotonic()
+            with ProcessPoolExecutor(max_workers=given.jobs) as pool:
+                waiting = {pool.submit(run_job, job, str(folder)): job for job in unique.values()}
+                for future in as_completed(waiting):
+                    job = waiting[future]
+                    try:
+                        found[job.name] = future.result()
+                    except Exception as error:  # one student that can't be trained doesn't end the others
+                        print(f"{name} {job.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"\n{len(found)} of {len(unique)} students in {time.monotonic() - began:.0f} s, {given.jobs} at a time"
+            )
+            every[name] = print_task(name, cost, jobs, found)
+        print(f"\n{'mean over tasks':<38}{'gain':>7}{'closed':>8}  tasks")
+        for key in dict.fromkeys(key for gains in every.values() for key in gains):
+            mine = [gains[key] for gains in every.values() if key in gains]
+            shares = [item["closed"] for item in mine if item["closed"] == item["closed"]]
+            closed = statistics.mean(shares) if shares else float("nan")
+            print(f"{key:<38}{100 * mean_of(mine, 'gain'):>+7.1f}{closed:>8.0%}  {len(mine)}")
+
+
+if __name__ == "__main__":
+    main()
