@@ -79,6 +79,14 @@ LOSSES = (
     "mse_logits",
     "soft_cross_entropy",
     "ce",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "dkd",
+    "dist",
+    "annealing_mse",
+    "teacher_annealing",
 )  # held equal to softlabels.losses.LOSSES by a test
 
 
