@@ -186,7 +186,7 @@ class Signals:
         return layer_field("attention", layer) + "@scores" in self.fields or parts <= self.fields.keys()
 
     def attention_scores(self, layer: int) -> Tensor:
-        """(B, H, L, L), before the softmax; MASKED where a query may not look, and wherever one of the two is padding.
+        """(B, H, L, L), before the softmax; MASKED where a query may not look, padded keys included.
 
         Where the scores were not kept they are QKᵀ/√K, which is what attention computes unless it is causal or has
         windows, position biases, caps or a scale of its own. Keys may have fewer heads than queries: each then serves
@@ -197,8 +197,7 @@ class Signals:
             parts = f"'{layer_field('query', layer)}' and '{layer_field('key', layer)}'"
             raise self._lack(f"attention scores of layer {layer}: '{name}', or {parts}")
         found = self.fields[name] if name in self.fields else _scores(self.query(layer), self.key(layer))
-        # a query of padding has the same score everywhere, whatever it holds, so that its softmax is a number
-        return found.masked_fill((found < MASKED / 2) | ~self._pairs(), MASKED)
+        return found.masked_fill((found < MASKED / 2) | ~self._keys(), MASKED)
 
     def attention_probs(self, layer: int) -> Tensor:
         """(B, H, L, L), from the scores, or from queries and keys, where only these are there.
@@ -207,15 +206,14 @@ class Signals:
         """
         name = layer_field("attention", layer)
         if name in self.fields:
-            return self.fields[name].masked_fill(~self._pairs(), 0)
+            return self.fields[name].masked_fill(~self._keys(), 0)
         if self.has_scores(layer):
             return self.attention_scores(layer).softmax(dim=-1)
         raise self._lack(f"attention of layer {layer}: '{name}', '{name}@scores', or its queries and keys")
 
-    def _pairs(self) -> Tensor:
-        """(B, 1, L, L), True where neither the query nor the key is padding."""
-        tokens = self.mask != 0
-        return tokens[:, None, :, None] & tokens[:, None, None, :]
+    def _keys(self) -> Tensor:
+        """(B, 1, 1, L), True where a key is not padding."""
+        return self.mask[:, None, None, :] != 0
 
     def _lack(self, wanted: str) -> CacheError:
         have = ", ".join(sorted(self.fields)) or "nothing"

@@ -1,8 +1,8 @@
 """What a student is trained to be near to. A loss is a pure function of two `Signals`: the student's and the teacher's.
 
 A loss on logits is called as `loss(student, teacher, temperature=T)`, one on layers as `loss(student, teacher,
-layers=LayerPair(2, 6))`; both take options of their own by name, and return a scalar: a mean over rows, tokens or texts,
-in which padding never counts. A new loss is one function and one line in `LOSSES` or `LAYER_LOSSES`.
+layers=LayerPair(2, 6))`; both take options of their own by name, and return a scalar: a mean over rows, tokens or
+texts, in which padding never counts. A new loss is one function and one line in `LOSSES` or `LAYER_LOSSES`.
 """
 
 from __future__ import annotations

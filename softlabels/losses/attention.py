@@ -1,8 +1,8 @@
 """Losses on attention (B, H, L, L): scores before the softmax, or the probabilities after it.
 
-Padding counts neither as key nor as query. Both sides must have the same number of heads, or `heads="mean"` compares the
-means over heads. Probabilities are taken from the scores, or queries and keys, where these are there: their
-logarithms are then exact; those of a stored map end at 1e-30.
+Padding counts neither as key nor as query. Both sides must have the same number of heads, or `heads="mean"` compares
+the means over heads. Where logarithms of probabilities are needed they are taken from the scores, or from queries and
+keys, if these are there, and else from the map, as if no probability were below 1e-30.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softlabels.losses.padding import (
     mean_over_texts,
     mean_over_tokens,
     token_pairs,
-    wide,
+    without_padded_queries,
 )
 from softlabels.losses.soft_targets import divergence
 from softlabels.types import MASKED, LayerPair, Signals
@@ -37,7 +37,8 @@ def attention_scores_mse(student: Signals, teacher: Signals, *, layers: LayerPai
     `attention_mse_sum` but for the factor H², since that one sums over heads.
     """
     ours, theirs = _compare_scores(student, teacher, layers, heads, "attention_scores_mse")
-    return mean_over_pairs((ours - theirs).square(), (ours > MASKED / 2) & (theirs > MASKED / 2))
+    seen = (ours > MASKED / 2) & (theirs > MASKED / 2)
+    return mean_over_pairs((ours - theirs).square(), seen & token_pairs(student.mask))
 
 
 def attention_scores_ce(student: Signals, teacher: Signals, *, layers: LayerPair, heads: Heads = "mean") -> Tensor:
@@ -53,7 +54,7 @@ def attention_scores_ce(student: Signals, teacher: Signals, *, layers: LayerPair
 
 def attention_mse(student: Signals, teacher: Signals, *, layers: LayerPair, heads: Heads = "each") -> Tensor:
     """Mean over heads and the batch's pairs of tokens of (as − at)², a the probabilities (TextBrewer)."""
-    ours, theirs = wide(student.attention_probs(layers.student)), wide(teacher.attention_probs(layers.teacher))
+    ours, theirs = _probs(student, layers.student), _probs(teacher, layers.teacher)
     _check(ours, theirs, layers, heads, "attention_mse")
     if heads == "mean":
         ours, theirs = (side.mean(dim=1, keepdim=True) for side in (ours, theirs))
@@ -63,7 +64,7 @@ def attention_mse(student: Signals, teacher: Signals, *, layers: LayerPair, head
 def attention_kl(student: Signals, teacher: Signals, *, layers: LayerPair, heads: Heads = "each") -> Tensor:
     """1/(H·|x|) Σ over heads and queries of KL(at ‖ as), mean over texts.
 
-    Wang et al. 2020, "MiniLM", equation 7, where the layers are the last; Sun et al. 2020, "MobileBERT", section 3.5
+    Wang et al. 2020, "MiniLM", where the layers are the last ones; Sun et al. 2020, "MobileBERT", section 3.5
     (whose code leaves out the teacher's entropy, and counts padding). A pair that both sides mask counts 0.
     """
     maps = _compare_maps(student, teacher, layers, heads, "attention_kl")
@@ -95,15 +96,25 @@ def _compare_maps(student: Signals, teacher: Signals, layers: LayerPair, heads: 
 
 def _log_probs(signals: Signals, layer: int) -> Tensor:
     if signals.has_scores(layer):
-        return wide(signals.attention_scores(layer)).log_softmax(dim=-1)
-    return wide(signals.attention_probs(layer)).clamp(min=1e-30).log()
+        return _scores(signals, layer).log_softmax(dim=-1)
+    return _probs(signals, layer).clamp(min=1e-30).log()
+
+
+def _probs(signals: Signals, layer: int) -> Tensor:
+    if signals.has_scores(layer):
+        return _scores(signals, layer).softmax(dim=-1)
+    return without_padded_queries(signals.attention_probs(layer), signals.mask)
+
+
+def _scores(signals: Signals, layer: int) -> Tensor:
+    return without_padded_queries(signals.attention_scores(layer), signals.mask)
 
 
 def _compare_scores(
     student: Signals, teacher: Signals, layers: LayerPair, heads: Heads, loss: str
 ) -> tuple[Tensor, Tensor]:
     """The student's scores and the teacher's, (B, H, L, L), or with H = 1 their means over heads."""
-    ours, theirs = wide(student.attention_scores(layers.student)), wide(teacher.attention_scores(layers.teacher))
+    ours, theirs = _scores(student, layers.student), _scores(teacher, layers.teacher)
     _check(ours, theirs, layers, heads, loss)
     return (_mean_scores(ours), _mean_scores(theirs)) if heads == "mean" else (ours, theirs)
 

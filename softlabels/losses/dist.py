@@ -19,8 +19,8 @@ def dist(
     Distillation from A Stronger Teacher"; `ce` is added at weight 1). Its released code multiplies
     by T². The second term sees how the rows of a batch differ: it needs batches of some size. A row or class in which
     the teacher's probabilities don't vary teaches nothing and counts 0; where only the student's don't, r is 0 and has
-    no gradient, so that a student whose outputs are all equal needs another loss beside this one. Raises ConfigError with fewer than
-    three classes.
+    no gradient, so that a student whose outputs are all equal needs another loss beside this one. Raises ConfigError
+    with fewer than three classes.
     """
     rows = compare(student, teacher, temperature=temperature)
     check_classes(rows, "dist", "two probabilities always correlate by 1 or −1, whose gradient is 0")

@@ -19,8 +19,9 @@ from softlabels.types import Signals
 def jsd(student: Signals, teacher: Signals, *, temperature: float | Tensor, beta: float = 0.5) -> Tensor:
     """beta · KL(p ‖ m) + (1 − beta) · KL(q ‖ m) with m = beta · p + (1 − beta) · q, without T².
 
-    The generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, "On-Policy Distillation of Language Models"). At the ends, where the formula is
-    0, it is what its limits are proportional to: KL(p ‖ q) at beta = 0, KL(q ‖ p) at 1.
+    The generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, "On-Policy Distillation of Language Models").
+    At the ends, where the formula is 0, it is what the limits there are proportional to: KL(p ‖ q) at beta = 0,
+    KL(q ‖ p) at 1.
     """
     _check_share("jsd", "beta", beta)
     rows = compare(student, teacher, temperature=temperature)

@@ -22,15 +22,15 @@ def hidden_mse(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tens
 
 
 def hidden_cosine(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:
-    """Mean over the batch's tokens of 1 − cos(hs, ht) (Sanh et al. 2019, "DistilBERT", section 3)."""
+    """Mean over the batch's tokens of 1 − cos(hs, ht) (Sanh et al. 2019, "DistilBERT")."""
     states = compare_states(student, teacher, layers, "hidden_cosine")
     return mean_over_tokens(1 - F.cosine_similarity(states.student, states.teacher, dim=-1), states.mask)
 
 
 def pkd(student: Signals, teacher: Signals, *, layers: LayerPair, mean_over_width: bool = False) -> Tensor:
-    """Mean over texts of ‖hs/‖hs‖ − ht/‖ht‖‖², h the state of [CLS] (Sun et al. 2019, "Patient KD", section 3.2).
+    """Mean over texts of ‖hs/‖hs‖ − ht/‖ht‖‖², h the state of [CLS] (Sun et al. 2019, "Patient Knowledge …").
 
-    The released code takes the mean over D as well, which its weights (10 to 1000) allow for: `mean_over_width` does so.
+    The released code takes the mean over D as well, as does `mean_over_width`; its weights (10 to 1000) allow for it.
     """
     ours, theirs = student.hidden_cls(layers.student), teacher.hidden_cls(layers.teacher)  # (B, D)
     check_tokens(ours, theirs, "pkd", layers, tokens=(0,))

@@ -38,7 +38,7 @@ def check_tokens(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair, *, 
     """Raises ConfigError where the dimensions `tokens` of the two differ: they must be of the same tokens."""
     if [ours.shape[i] for i in tokens] != [theirs.shape[i] for i in tokens]:
         raise ConfigError(
-            f"loss '{loss}' on {_places(layers)}: the student's are {tuple(ours.shape)}, the teacher's "
+            f"loss '{loss}' on {places(layers)}: the student's are {tuple(ours.shape)}, the teacher's "
             f"{tuple(theirs.shape)}; both must be of the same texts, in the teacher's tokens"
         )
 
@@ -47,7 +47,7 @@ def check_widths(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair) -> 
     """Raises ConfigError where the last dimensions of the two differ."""
     if ours.shape[-1] != theirs.shape[-1]:
         raise ConfigError(
-            f"loss '{loss}' on {_places(layers)}: the student's states are {ours.shape[-1]} wide, the teacher's "
+            f"loss '{loss}' on {places(layers)}: the student's states are {ours.shape[-1]} wide, the teacher's "
             f"{theirs.shape[-1]}; give the term a `project` (linear, relu or tanh)"
         )
 
@@ -56,7 +56,7 @@ def check_heads(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair, *, i
     """Raises ConfigError where the heads of (B, H, …) differ in number; `instead` says what to do then."""
     if ours.shape[1] != theirs.shape[1]:
         raise ConfigError(
-            f"loss '{loss}' on {_places(layers)}: the student has {ours.shape[1]} heads, the teacher "
+            f"loss '{loss}' on {places(layers)}: the student has {ours.shape[1]} heads, the teacher "
             f"{theirs.shape[1]}; {instead}"
         )
 
@@ -64,6 +64,11 @@ def check_heads(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair, *, i
 def without_padding(values: Tensor, mask: Tensor) -> Tensor:
     """(B, L, …) in float32 at least, 0 where `mask` (B, L) is False."""
     return wide(values).masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0)
+
+
+def without_padded_queries(maps: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, L, L) in float32 at least, 0 where the query is padding."""
+    return wide(maps).masked_fill(mask[:, None, :, None] == 0, 0)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -97,5 +102,12 @@ def token_pairs(mask: Tensor) -> Tensor:
     return tokens[:, None, :, None] & tokens[:, None, None, :]
 
 
-def _places(layers: LayerPair) -> str:
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """Their matrix product, in their own precision: autocast would round what is about to be subtracted."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first @ second
+
+
+def places(layers: LayerPair) -> str:
+    """For messages: which layers these are."""
     return f"layer {layers.student} of the student and {layers.teacher} of the teacher"

@@ -1,8 +1,8 @@
 """MiniLM's relations: how the queries, the keys or the values of one layer attend to each other.
 
-A relation is softmax(XXᵀ/√K) of a head's vectors X (L, K): an (L, L) map, whatever K is, so that student and teacher may
-differ in width. Each loss is 1/(R·|x|) Σ over heads and tokens of KL(teacher's ‖ student's), mean over texts, as in Wang
-et al. 2020, "MiniLM", equations 9 and 10 (values), and Wang et al. 2021, "MiniLMv2", section 3.1 (all three).
+A relation is softmax(XXᵀ/√K) of a head's vectors X (L, K): an (L, L) map, whatever K is, so that student and teacher
+may differ in width. Each loss is 1/(R·|x|) Σ over the R heads and the tokens of KL(teacher's ‖ student's), mean over
+texts, as in Wang et al. 2020, "MiniLM" (values), and Wang et al. 2021, "MiniLMv2" (all three).
 
 `relation_heads=None` takes each model's own heads, which must be as many on both sides (v1). A number, as in v2 (48 for
 BERT-base, 64 for BERT-large), joins a token's vectors over the heads and cuts them into that many anew; √K is then of
@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from softlabels.errors import ConfigError
-from softlabels.losses.padding import check_heads, check_tokens, mean_over_texts, token_pairs, wide
+from softlabels.losses.padding import check_heads, check_tokens, mean_over_texts, product, token_pairs, wide
 from softlabels.losses.soft_targets import divergence
 from softlabels.types import MASKED, LayerPair, Signals, layer_field
 
@@ -67,5 +67,5 @@ def _log_relation(vectors: Tensor, pairs: Tensor) -> Tensor:
     """log softmax(XXᵀ/√K), (B, R, L, L), of vectors (B, R, L, K)."""
     tokens = pairs.any(dim=-1).unsqueeze(-1)  # (B, 1, L, 1)
     vectors = wide(vectors).masked_fill(~tokens, 0)
-    scores = vectors @ vectors.transpose(-1, -2) / vectors.shape[-1] ** 0.5
+    scores = product(vectors, vectors.transpose(-1, -2)) / vectors.shape[-1] ** 0.5
     return scores.masked_fill(~pairs, MASKED).log_softmax(dim=-1)

@@ -67,7 +67,7 @@ def take_rows(student: Signals, values: Tensor) -> Tensor:
 
 
 def take_labels(student: Signals) -> Tensor:
-    """(N,): the label of each row, NO_LABEL where there is none. Raises ConfigError where labels are of another kind."""
+    """(N,): the label of each row, NO_LABEL where there is none. Raises ConfigError where labels are no classes."""
     if student.labels.shape != student.logits.shape[:-1]:
         raise ConfigError(
             f"this loss needs a class for each row: logits {tuple(student.logits.shape)} came with labels "
