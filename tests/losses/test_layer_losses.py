@@ -104,7 +104,7 @@ def test_nothing_but_padding_costs_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("masked", [-65536.0, float("-inf"), torch.finfo(torch.float64).min])
 def test_masked_pairs_are_finite_however_they_are_marked(name: str, masked: float) -> None:
-    """Later tokens are masked on both sides; bfloat16 rounds MASKED to -65536, and live models have -inf or finfo.min."""
+    """Later tokens are masked on both sides. bfloat16 rounds MASKED to -65536; live models have -inf or finfo.min."""
     student, teacher = causal(side(10)), causal(side(11))
     wanted = REFERENCES[name](student, teacher, LAYERS)
     marked = replace(student, fields={k: v.masked_fill(v == MASKED, masked) for k, v in student.fields.items()})
@@ -171,7 +171,7 @@ def test_other_heads_are_refused_with_the_way_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYER_LOSSES)
 def test_a_missing_field_is_named(name: str) -> None:
-    with pytest.raises(CacheError, match="a loss asks for .*hold logits"):
+    with pytest.raises(CacheError, match=r"a loss asks for .*hold logits"):
         LAYER_LOSSES[name](side(1), replace(side(2), fields={"logits": torch.zeros(4, 2)}), layers=LAYERS)
 
 
