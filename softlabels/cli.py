@@ -659,7 +659,8 @@ def train_student_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=WEIGHT",
-            help="kl, mse_logits, soft_cross_entropy or ce; may be repeated; ce=1 alone is the baseline on hard labels",
+            help="kl, mse_logits, jsd, dkd, dist, … (a wrong name is answered with the list); may be repeated; ce=1 "
+            "alone is the baseline on hard labels",
         ),
     ] = None,
     temperature: Annotated[str, typer.Option(help="3, or 5:1 (moving from 5 to 1), or 5:1:cosine")] = "1",

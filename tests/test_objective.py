@@ -44,7 +44,7 @@ def reference(name: str, student: Signals, teacher: Signals, temperature: float)
 def test_the_weighted_sum_and_its_parts(temperature: str) -> None:
     student, teacher = signals(0), signals(1)
     weights = {"kl": 0.7, "reverse_kl": 0.4, "mse_logits": 0.01, "soft_cross_entropy": 2.0, "ce": 0.3}
-    assert set(weights) == set(LOSSES)
+    assert set(weights) <= set(LOSSES)
     total, parts = build_objective(weights, temperature)(student, teacher, progress=0.5)
     for name, part in parts.items():
         assert part.item() == pytest.approx(reference(name, student, teacher, float(temperature)), rel=1e-12)

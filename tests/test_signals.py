@@ -7,7 +7,7 @@ import torch
 
 from softlabels.captures import parse_captures, prepare
 from softlabels.errors import CacheError
-from softlabels.types import MASKED, Signals, layer_field
+from softlabels.types import MASKED, Signals, TokenBatch, layer_field
 from tests.captures.architectures import batch_of, model_of
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -86,6 +86,7 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_captured_queries_and_keys_give_the_captured_scores(kind: str) -> None:
     batch = batch_of()
+    assert isinstance(batch, TokenBatch)
     run = prepare(model_of(kind), parse_captures(["qkv:2", "attention:2@scores"]), batch)
     values = run.take(batch)
     heads = {}

@@ -27,7 +27,7 @@ def side(
     """Layers 0 to 2: hidden states, attention scores, and queries, keys and values of the same heads."""
     generator = torch.Generator().manual_seed(seed)
     rows, longest = len(lengths), max(lengths)
-    fields = {}
+    fields: dict[str, tuple[int, ...]] = {}
     for layer in range(3):
         fields[layer_field("hidden", layer)] = (rows, longest, width)
         fields[layer_field("attention", layer) + "@scores"] = (rows, heads, longest, longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from softlabels.types import LayerPair
 from tests.losses.ragged import LAYERS, causal, only, side, with_field, with_maps
 from tests.losses.references import REFERENCES
 
-MAPS = {"attention_mse": attention_mse, "attention_kl": attention_kl, "attention_ce": attention_ce}
-SCORES = {"attention_scores_mse": attention_scores_mse, "attention_scores_ce": attention_scores_ce}
+MAPS: dict[str, Any] = {"attention_mse": attention_mse, "attention_kl": attention_kl, "attention_ce": attention_ce}
+SCORES: dict[str, Any] = {"attention_scores_mse": attention_scores_mse, "attention_scores_ce": attention_scores_ce}
 RELATIONS = {"query_relation": query_relation, "key_relation": key_relation, "value_relation": value_relation}
 
 

@@ -82,7 +82,7 @@ def tokens(seed: int, lengths: list[int], *, extra: int = 0, junk: float = 50.0)
 def test_a_token_classifiers_rows_are_its_tokens(name: str) -> None:
     student, teacher = tokens(1, [3, 0, 4]), tokens(2, [3, 0, 4])
     real = student.mask != 0
-    flat = [student.logits[real].tolist(), teacher.logits[real].tolist()]
+    flat = student.logits[real].tolist(), teacher.logits[real].tolist()
     got = CALLS[name](student, teacher, temperature=2.0).item()
     assert got == pytest.approx(reference(name, *flat, student.labels[real].tolist(), [2.0] * 7), rel=1e-11)
     junk = [tokens(seed, [3, 0, 4], extra=3, junk=float("nan")) for seed in (1, 2)]
