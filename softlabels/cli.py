@@ -671,8 +671,8 @@ def train_student_command(
         list[str] | None,
         typer.Option(
             metavar="NAME=WEIGHT",
-            help="kl, mse_logits, soft_cross_entropy, ce, jsd, dkd, …; may be repeated; ce=1 alone is the baseline on "
-            "hard labels; losses on layers are said in a recipe",
+            help="kl, mse_logits, jsd, dkd, dist, … (a wrong name is answered with the list); may be repeated; ce=1 "
+            "alone is the baseline on hard labels; losses on layers are said in a recipe",
         ),
     ] = None,
     temperature: Annotated[

@@ -72,7 +72,7 @@ class AdaptiveTemperature:
     rule: Literal["flsw", "cwsm"]
     base: float
     beta: float = 1.0
-    gamma: float = 1.0
+    gamma: float = 2.0  # of flsw
 
 
 Temperature = Schedule | AdaptiveTemperature
@@ -116,12 +116,13 @@ def parse_temperature(text: str | float) -> Temperature:
 
 
 def _parse_adaptive(text: str, rule: str, numbers: list[str]) -> AdaptiveTemperature:
-    form = f"write {rule}:BASE, or {rule}:BASE:BETA:GAMMA"
+    most = 3 if rule == "flsw" else 2
+    form = f"write {rule}:BASE, or {rule}:" + ("BASE:BETA:GAMMA" if most == 3 else "BASE:BETA")
     try:
         values = [float(number) for number in numbers]
     except ValueError:
         raise ConfigError(f"temperature '{text}': {form}") from None
-    if not 1 <= len(values) <= 3 or not all(math.isfinite(value) for value in values) or values[0] <= 0:
+    if not 1 <= len(values) <= most or not all(math.isfinite(value) for value in values) or values[0] <= 0:
         raise ConfigError(f"temperature '{text}': {form}; the base must be above 0")
     return AdaptiveTemperature(rule, *values)  # type: ignore[arg-type]
 
@@ -133,8 +134,32 @@ LOSSES = (
     "mse_logits",
     "soft_cross_entropy",
     "ce",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "dkd",
+    "dist",
+    "annealing_mse",
+    "teacher_annealing",
 )
-LAYER_LOSSES: tuple[str, ...] = ()
+LAYER_LOSSES = (
+    "hidden_mse",
+    "hidden_cosine",
+    "pkd",
+    "feature_map_mse",
+    "feature_statistics",
+    "gram",
+    "nst",
+    "attention_scores_mse",
+    "attention_scores_ce",
+    "attention_mse",
+    "attention_kl",
+    "attention_ce",
+    "query_relation",
+    "key_relation",
+    "value_relation",
+)
 
 
 def parse_losses(items: Sequence[str]) -> dict[str, float]:

@@ -173,8 +173,10 @@ def _temperature(temperature: Temperature, student: Signals, teacher: Signals, p
     """A number, or (B,) a row where it adapts itself."""
     if isinstance(temperature, Schedule):
         return temperature.at(progress)
-    rule = {"flsw": flsw, "cwsm": cwsm}[temperature.rule]
-    return rule(student.logits, teacher.logits, base=temperature.base, beta=temperature.beta, gamma=temperature.gamma)
+    base, beta = temperature.base, temperature.beta
+    if temperature.rule == "cwsm":
+        return cwsm(student.logits, base=base, beta=beta)
+    return flsw(student.logits, teacher.logits, base=base, beta=beta, gamma=temperature.gamma)
 
 
 # ------------------------------------------------------------------------------------------------------- building

@@ -125,18 +125,6 @@ class ImageBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerPair:
-    """The layers that a loss compares: numbered from 1, 0 is the embedding output.
-
-    `then` are the second layers of both sides, for a loss that compares two layers with each other (`gram`).
-    """
-
-    student: int
-    teacher: int
-    then: LayerPair | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Signals:
     """What a loss sees of either side, teacher (from the cache) or student (live), by the same names.
 
@@ -161,8 +149,7 @@ class Signals:
     def get(self, name: str) -> Tensor:
         """The field called `name`; CacheError names what is there instead."""
         if name not in self.fields:
-            have = ", ".join(sorted(self.fields)) or "nothing"
-            raise CacheError(f"a loss asks for field '{name}', but these signals hold {have}")
+            raise self._lack(f"field '{name}'")
         return self.fields[name]
 
     @property
@@ -188,17 +175,74 @@ class Signals:
     def value(self, layer: int) -> Tensor:
         return self.get(layer_field("value", layer))  # (B, H, L, K)
 
+    def hidden_cls(self, layer: int) -> Tensor:
+        """(B, D): the state of each row's first token, [CLS], kept by itself or with those of all tokens."""
+        rows = layer_field("hidden", layer) + "@cls"
+        return self.get(rows) if rows in self.fields else self.hidden(layer)[:, 0]
+
+    def has_scores(self, layer: int) -> bool:
+        """Whether `attention_scores(layer)` can be had."""
+        parts = {layer_field("query", layer), layer_field("key", layer)}
+        return layer_field("attention", layer) + "@scores" in self.fields or parts <= self.fields.keys()
+
     def attention_scores(self, layer: int) -> Tensor:
-        """(B, H, L, L), before the softmax; MASKED where a query may not look, padded keys included."""
-        scores = self.get(layer_field("attention", layer) + "@scores")
-        return scores.masked_fill(self.mask[:, None, None, :] == 0, MASKED)
+        """(B, H, L, L), before the softmax; MASKED where a query may not look, padded keys included.
+
+        Where the scores were not kept they are QKᵀ/√K, which is what attention computes unless it is causal or has
+        windows, position biases, caps or a scale of its own. Keys may have fewer heads than queries: each then serves
+        several, in order.
+        """
+        name = layer_field("attention", layer) + "@scores"
+        if not self.has_scores(layer):
+            parts = f"'{layer_field('query', layer)}' and '{layer_field('key', layer)}'"
+            raise self._lack(f"attention scores of layer {layer}: '{name}', or {parts}")
+        found = self.fields[name] if name in self.fields else _scores(self.query(layer), self.key(layer))
+        return found.masked_fill((found < MASKED / 2) | ~self._keys(), MASKED)
 
     def attention_probs(self, layer: int) -> Tensor:
-        """(B, H, L, L), from the scores where only these are there. Rows of padding mean nothing."""
+        """(B, H, L, L), from the scores, or from queries and keys, where only these are there.
+
+        Keys of padding have 0. Rows of padding mean nothing.
+        """
         name = layer_field("attention", layer)
-        if name not in self.fields and f"{name}@scores" in self.fields:
+        if name in self.fields:
+            return self.fields[name].masked_fill(~self._keys(), 0)
+        if self.has_scores(layer):
             return self.attention_scores(layer).softmax(dim=-1)
-        return self.get(name)
+        raise self._lack(f"attention of layer {layer}: '{name}', '{name}@scores', or its queries and keys")
+
+    def _keys(self) -> Tensor:
+        """(B, 1, 1, L), True where a key is not padding."""
+        return self.mask[:, None, None, :] != 0
+
+    def _lack(self, wanted: str) -> CacheError:
+        have = ", ".join(sorted(self.fields)) or "nothing"
+        return CacheError(f"a loss asks for {wanted}, but these signals hold {have}")
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """QKᵀ/√K, (B, H, L, L), of queries (B, H, L, K) and keys (B, Hk, L, K), Hk a divisor of H; float32 at least."""
+    import torch
+
+    if query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1]:
+        raise CacheError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not make one attention")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores, as SDPA does not
+        grouped = query.to(wide).unflatten(1, (key.shape[1], -1))  # (B, Hk, H / Hk, L, K)
+        scores = grouped @ key.to(wide).transpose(-1, -2).unsqueeze(2)  # (B, Hk, H / Hk, L, L)
+    return scores.flatten(1, 2) / query.shape[-1] ** 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPair:
+    """Layers that a loss compares: one of the student's, one of the teacher's; 0 is the embedding output.
+
+    `then` holds the second layers of a loss on what goes on between two (gram, nst); None: the same ones twice.
+    """
+
+    student: int
+    teacher: int
+    then: LayerPair | None = None
 
 
 def layer_field(kind: str, layer: int) -> str:

@@ -18,7 +18,7 @@ from softlabels.config import (
     suggest,
 )
 from softlabels.errors import ConfigError
-from softlabels.losses import LOSSES
+from softlabels.losses import LAYER_LOSSES, LOSSES
 
 RECIPE = """
 name: small
@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_the_list_of_losses_is_the_one_of_the_losses() -> None:
-    assert set(config.LOSSES) == set(LOSSES)
+    assert (tuple(LOSSES), tuple(LAYER_LOSSES)) == (config.LOSSES, config.LAYER_LOSSES)
 
 
 @pytest.mark.parametrize(

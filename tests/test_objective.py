@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from softlabels.errors import CacheError, ConfigError
 from softlabels.config import Phase
+from softlabels.errors import CacheError, ConfigError
 from softlabels.objective import Objective, fill_in
 from softlabels.types import NO_LABEL, Signals
 

@@ -230,7 +230,7 @@ def test_parts_of_a_student(cache: Cache, tmp_path: Path) -> None:
     names = {name for name, _ in student.named_parameters()}  # type: ignore[union-attr]
     parts = [parameters_of(student, part) for part in ("embeddings", "layers:1", "head", "bert.pooler")]  # type: ignore
     assert sorted(name for part in parts for name in part) == sorted(names)
-    with pytest.raises(ConfigError, match="no part 'embedings'.*Did you mean 'embeddings'"):
+    with pytest.raises(ConfigError, match=r"no part 'embedings'.*Did you mean 'embeddings'"):
         parameters_of(student, "embedings")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="nothing to learn with"), frozen(student, ["bert", "head"]):  # type: ignore
         pass

@@ -1,8 +1,8 @@
 """What a student is trained to be near to. A loss is a pure function of two `Signals`: the student's and the teacher's.
 
-Every loss is called as `loss(student, teacher, temperature=T)` and returns a scalar: the mean over the rows of the
-batch. A new loss is one function and one line in `LOSSES`; if it looks at more of the teacher than the logits,
-`FIELDS` says which fields of the cache it needs.
+A loss on logits is called as `loss(student, teacher, temperature=T)`, one on layers as `loss(student, teacher,
+layers=LayerPair(2, 6))`; both take options of their own by name, and return a scalar: a mean over rows, tokens or
+texts, in which padding never counts. A new loss is one function and one line in `LOSSES` or `LAYER_LOSSES`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,40 @@ from typing import Protocol
 from torch import Tensor
 
 from softlabels.losses import language
+from softlabels.losses.annealing import annealing_mse, teacher_annealing
+from softlabels.losses.attention import (
+    attention_ce,
+    attention_kl,
+    attention_mse,
+    attention_scores_ce,
+    attention_scores_mse,
+)
+from softlabels.losses.decoupled import dkd
+from softlabels.losses.dist import dist
+from softlabels.losses.divergences import jsd, skew_kl, skew_reverse_kl, tvd
+from softlabels.losses.hidden import feature_map_mse, hidden_cosine, hidden_mse, pkd
+from softlabels.losses.relations import key_relation, query_relation, value_relation
 from softlabels.losses.soft_targets import ce, kl, mse_logits, reverse_kl, soft_cross_entropy
-from softlabels.types import Signals
+from softlabels.losses.statistics import feature_statistics, gram, nst
+from softlabels.types import LayerPair, Signals
 
 
 class Loss(Protocol):
-    """The contract of a loss."""
+    """The contract of a loss on logits. `temperature` is a number, or a tensor of one a row."""
+
+    def __call__(self, student: Signals, teacher: Signals, *, temperature: float | Tensor) -> Tensor: ...
+
+
+class LanguageLoss(Protocol):
+    """The contract of a loss on a language model's logits."""
 
     def __call__(self, student: Signals, teacher: Signals, *, temperature: float) -> Tensor: ...
+
+
+class LayerLoss(Protocol):
+    """The contract of a loss on layers."""
+
+    def __call__(self, student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor: ...
 
 
 LOSSES: Mapping[str, Loss] = {
@@ -29,9 +55,19 @@ LOSSES: Mapping[str, Loss] = {
     "mse_logits": mse_logits,
     "soft_cross_entropy": soft_cross_entropy,
     "ce": ce,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "dkd": dkd,
+    "dist": dist,
+    "annealing_mse": annealing_mse,
+    "teacher_annealing": teacher_annealing,
 }
 
-LANGUAGE_LOSSES: Mapping[str, Loss] = {  # the same names for a language model's student
+HARD = frozenset({"ce"})  # need labels, and nothing of the teacher
+
+LANGUAGE_LOSSES: Mapping[str, LanguageLoss] = {  # the same names for a language model's student
     "kl": language.kl,
     "reverse_kl": language.reverse_kl,
     "mse_logits": language.mse_logits,
@@ -39,6 +75,28 @@ LANGUAGE_LOSSES: Mapping[str, Loss] = {  # the same names for a language model's
     "ce": language.ce,
 }
 
-HARD = frozenset({"ce"})  # need labels, and nothing of the teacher
+_ON_LAYERS: Mapping[str, tuple[LayerLoss, str]] = {  # the loss, and what it looks at on both sides
+    "hidden_mse": (hidden_mse, "hidden"),
+    "hidden_cosine": (hidden_cosine, "hidden"),
+    "pkd": (pkd, "hidden_cls"),
+    "feature_map_mse": (feature_map_mse, "hidden"),
+    "feature_statistics": (feature_statistics, "hidden"),
+    "gram": (gram, "hidden"),
+    "nst": (nst, "hidden"),
+    "attention_scores_mse": (attention_scores_mse, "attention_scores"),
+    "attention_scores_ce": (attention_scores_ce, "attention_scores"),
+    "attention_mse": (attention_mse, "attention_probs"),
+    "attention_kl": (attention_kl, "attention_probs"),
+    "attention_ce": (attention_ce, "attention_probs"),
+    "query_relation": (query_relation, "query"),
+    "key_relation": (key_relation, "key"),
+    "value_relation": (value_relation, "value"),
+}
+LAYER_LOSSES: Mapping[str, LayerLoss] = {name: loss for name, (loss, _) in _ON_LAYERS.items()}
+TWO_LAYERS = frozenset({"gram", "nst"})  # look at the second layers of a LayerPair, `then`
 
-FIELDS: Mapping[str, tuple[str, ...]] = {name: () if name in HARD else ("logits",) for name in LOSSES}
+# What each loss looks at, as the methods of Signals call it: of the teacher, and of the student too.
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    **{name: () if name in HARD else ("logits",) for name in LOSSES},
+    **{name: (signal,) for name, (_, signal) in _ON_LAYERS.items()},
+}
