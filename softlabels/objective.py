@@ -26,7 +26,7 @@ from softlabels.config import (
 )
 from softlabels.errors import CacheError, ConfigError
 from softlabels.layer_maps import map_layers
-from softlabels.losses import HARD, LANGUAGE_LOSSES, LAYER_LOSSES, LOSSES, NEEDS
+from softlabels.losses import HARD, LANGUAGE_LOSSES, LAYER_LOSSES, LOSSES, NEEDS, TWO_LAYERS
 from softlabels.losses.temperatures import cwsm, flsw
 from softlabels.projections import Projections
 from softlabels.types import LANGUAGE_MODELS, LayerPair, Signals, Task, layer_field
@@ -217,6 +217,9 @@ def _terms(phase: Phase, task: Task, student_layers: int | None, teacher_layers:
                 raise ConfigError(f"{what} compares layers, and this student has none to look at: take a transformer")
             assert term.map is not None  # LossTerm asks for it
             pairs = tuple(map_layers(term.map, student=student_layers, teacher=teacher_layers(), what=what))
+            if term.loss not in TWO_LAYERS and any(pair.then for pair in pairs):
+                two = ", ".join(sorted(TWO_LAYERS))
+                raise ConfigError(f"{what} compares one layer a side; two a side are for {two}")
         elif task == "sentence-embedding":
             raise ConfigError(
                 f"{what} is on logits, and the teacher of this cache has none: learn from its layers (hidden_mse, "

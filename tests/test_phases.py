@@ -283,6 +283,7 @@ def test_a_phase_that_cannot_be_is_told(changes: dict[str, Any], fault: str) -> 
         ([{"loss": "dkd", "options": {"gamma": 1}}], "has no option 'gamma': it has alpha, beta"),
         ([{"loss": "hidden_mse", "map": "uniform"}], "32"),  # widths differ, and nothing projects
         ([{"loss": "hidden_mse", "map": "uniform", "depth": [1, 2]}], "2 weights for the 1 pairs"),
+        ([{"loss": "pkd", "map": [[[0, 1], [0, 2]]]}], "two a side are for gram, nst"),
         ([{"loss": "attention_kl", "map": "uniform", "project": "linear"}], "nothing to 'project'"),
     ],
 )
