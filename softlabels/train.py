@@ -379,6 +379,7 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
+        mask_token_id=cache.tokenizer().mask_token_id,
     )
 
 
