@@ -1,8 +1,8 @@
 """Texts as words: segmentation and parts of speech of English and Chinese, and back to text.
 
-English words are cut as the Penn Treebank does ("do|n't", "it|'s", punctuation apart) and have its tags, from TextBlob's
-lexicon and rules; Chinese ones are jieba's, with its own tags. Both packages bring their data with them (extra
-`augment`): nothing is downloaded.
+English words are cut as the Penn Treebank does ("do|n't", "it|'s", punctuation apart) and have its tags, from
+TextBlob's lexicon and rules; Chinese ones are jieba's, with its own tags. Both packages bring their data with them
+(extra `augment`): nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from softlabels.errors import ConfigError
 
@@ -31,11 +32,11 @@ Segmenter = Callable[[str], list[Word]]
 
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _ENGLISH = r"""
-    \w+? (?=n['\u2019]t\b)                # do|n't
+    \w+? (?=n['\u2019]t\b)            # do|n't
   | n['\u2019]t\b
-  | ['\u2019] (?:s|re|ve|ll|d|m)\b        # it|'s
-  | \w+ (?:-\w+)*                    # well-known
-  | (?P<mark>[^\w\s]) (?P=mark)*     # --, ..., !!
+  | ['\u2019] (?:s|re|ve|ll|d|m)\b    # it|'s
+  | \w+ (?:-\w+)*                     # well-known
+  | (?P<mark>[^\w\s]) (?P=mark)*      # --, ..., !!
 """
 _CONTRACTIONS = ("n't", "n\u2019t")
 
@@ -124,16 +125,22 @@ def _english_tagger() -> Callable[[list[str]], list[str]]:
 
 @cache
 def _chinese_cutter(tagged: bool) -> Callable[[str], list[tuple[str, str]]]:
+    tokenizer = _chinese_dictionary()
+    if not tagged:
+        return lambda text: [(word, "") for word in tokenizer.lcut(text)]
+    tagger = _need("jieba.posseg", "parts of speech of Chinese need jieba").POSTokenizer(tokenizer)
+    return lambda text: [(pair.word, pair.flag) for pair in tagger.lcut(text)]
+
+
+@cache
+def _chinese_dictionary() -> Any:
     jieba = _need("jieba", "Chinese words are cut by jieba")
     tokenizer = jieba.Tokenizer()
     # as its own initialize() does, but for the cache that it would read from, and leave in, the folder of temporary
     # files: anybody may have put one there
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
     tokenizer.initialized = True
-    if not tagged:
-        return lambda text: [(word, "") for word in tokenizer.lcut(text)]
-    tagger = _need("jieba.posseg", "parts of speech of Chinese need jieba").POSTokenizer(tokenizer)
-    return lambda text: [(pair.word, pair.flag) for pair in tagger.lcut(text)]
+    return tokenizer
 
 
 def _need(module: str, why: str) -> ModuleType:
