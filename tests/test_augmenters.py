@@ -218,8 +218,13 @@ def test_long_disorder():
 def mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny masked language model with random weights."""
     tokenizer = tiny_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
+    torch.manual_seed(0)
+    return save_model(tmp_path_factory.mktemp("mlm"), BertForMaskedLM(config_for(len(tokenizer))), tokenizer)
+
+
+def config_for(vocab_size: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -227,8 +232,6 @@ def mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    torch.manual_seed(0)
-    return save_model(tmp_path_factory.mktemp("mlm"), BertForMaskedLM(config), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +256,7 @@ def test_candidates_of_a_masked_language_model(mlm):
     whole = [
         token
         for token in range(len(tokenizer))
-        if token not in tokenizer.all_special_ids and not tokenizer.convert_ids_to_tokens(token).startswith("##")
+        if token not in tokenizer.all_special_ids and not str(tokenizer.convert_ids_to_tokens(token)).startswith("##")
     ]
     for words, candidates, which in zip(texts, found, several, strict=True):
         for place, word in enumerate(words):
@@ -266,7 +269,7 @@ def test_candidates_of_a_masked_language_model(mlm):
             with torch.no_grad():
                 logits = teacher.model(**inputs).logits[0]
             (at,) = torch.nonzero(inputs["input_ids"][0] == tokenizer.mask_token_id).flatten().tolist()
-            best = sorted(whole, key=lambda token, row=logits[at]: -row[token].item())[:15]
+            best = sorted(whole, key=(-logits[at]).tolist().__getitem__)[:15]
             assert candidates[place] == sorted(tokenizer.convert_ids_to_tokens(best))
 
 
@@ -313,14 +316,18 @@ def test_tinybert_with_one_source_of_words(mlm, vectors):
     assert [len(each) for each in only_vectors.keywords["candidates"]] == [15, 15, 15]
 
 
-def test_whole_words_of_a_byte_level_tokenizer():
-    class Stub:  # what of a Teacher is looked at
-        tokenizer = tiny_tokenizer(kind="bpe")
-
-    words = whole_words(Stub())  # type: ignore[arg-type]
-    assert "bread" in words and "" in words and "<|endoftext|>" not in words
-    pieces = dict(zip(words, Stub.tokenizer.convert_ids_to_tokens(list(range(len(words)))), strict=True))
-    assert pieces["bread"] == "Ġbread"
+def test_a_byte_level_tokenizer(tmp_path):
+    """A word after a space, and the same at the start, where its pieces are others."""
+    tokenizer = tiny_tokenizer(kind="bpe")
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+    words = whole_words(tokenizer)
+    pieces = dict(zip(words, tokenizer.convert_ids_to_tokens(list(range(len(words)))), strict=True))
+    assert pieces["bread"] == "Ġbread" and not {"<|endoftext|>", "<mask>"} & set(words)
+    save_model(tmp_path / "mlm", BertForMaskedLM(config_for(len(tokenizer))), tokenizer)
+    model = _load(str(tmp_path / "mlm"), "cpu", False)
+    ((_, bread, comma, zebras),), (several,) = model.predict([words_of("bread bread , zebras")], count=5)
+    assert [len(each) for each in (bread, comma, zebras)] == [5, 5, 0]
+    assert several == [True, False, False, True]
 
 
 def test_a_language_model_without_a_mask_token(tmp_path, mlm):

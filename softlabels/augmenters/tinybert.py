@@ -21,6 +21,9 @@ from softlabels.errors import ConfigError
 from softlabels.word_vectors import read_word_vectors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
     from softlabels.teacher import Teacher
 
 _BATCH_TOKENS = 4096  # of the masked copies that go through the language model at a time
@@ -78,19 +81,21 @@ def sample(words: Sequence[Word], rng: Random, *, candidates: Candidates, rate: 
 
 
 def _load(name: str, device: str | None, trust_remote_code: bool) -> MaskedModel:
+    import torch
+
     from softlabels.teacher import load_teacher
     from softlabels.tokens import longest_input
 
     teacher = load_teacher(name, task="masked-lm", device=device, trust_remote_code=trust_remote_code)
     if not teacher.tokenizer.is_fast:
         raise ConfigError(f"--mlm {name}: its tokenizer is a slow one, which does not say what word a piece is of")
-    words = whole_words(teacher)
-    return MaskedModel(teacher, words, longest_input(teacher.tokenizer, teacher.model.config))
+    words = whole_words(teacher.tokenizer)
+    whole = torch.tensor([bool(word) for word in words], device=teacher.model.device)
+    return MaskedModel(teacher, words, whole, longest_input(teacher.tokenizer, teacher.model.config))
 
 
-def whole_words(teacher: Teacher) -> list[str]:
+def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token of the vocabulary says as a word of its own; '' for one that is no whole word."""
-    tokenizer = teacher.tokenizer
     # an id may have no token: ids need not be without holes
     tokens = [token or "##" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     special = set(tokenizer.all_special_tokens)
@@ -110,7 +115,8 @@ class MaskedModel:
     """A masked language model that fills in words."""
 
     teacher: Teacher
-    words: list[str]  # of `whole_words`
+    words: list[str]  # (V,) of `whole_words`
+    whole: Tensor  # (V,) bool, which of these there are
     longest: int  # tokens that it takes
 
     def predict(self, texts: Sequence[list[Word]], *, count: int) -> tuple[list[Candidates], list[list[bool]]]:
@@ -163,9 +169,8 @@ class MaskedModel:
         ids, masked = ids.masked_fill(masked, tokenizer.mask_token_id).to(model.device), masked.to(model.device)
         with torch.inference_mode(), only_targets(model, masked):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # (B, V)
-        whole = torch.tensor([bool(word) for word in self.words], device=model.device)
-        logits = logits[:, : len(whole)].float().masked_fill(~whole, float("-inf"))
-        best = logits.topk(min(count, int(whole.sum()))).indices.tolist()
+        logits = logits[:, : len(self.words)].float().masked_fill(~self.whole, float("-inf"))
+        best = logits.topk(min(count, int(self.whole.sum()))).indices.tolist()
         for (_, _, into), tokens in zip(rows, best, strict=True):
             # sorted: the last bits of two probabilities, which threads change, decide about no sample
             into += sorted({self.words[token] for token in tokens})
