@@ -8,7 +8,7 @@
     softlabels.train_student(cache, out="runs/small", options=softlabels.StudentOptions(student="bilstm"))
 
 Each name is imported when it is first used, so `import softlabels` costs nothing. Where a module and its main
-function share a name (`dump`, `evaluate`), the module can be called: `softlabels.dump(...)` runs
+function share a name (`dump`, `evaluate`, `augment`), the module can be called: `softlabels.dump(...)` runs
 `softlabels.dump.dump(...)`, whatever was imported before.
 """
 
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SoftlabelsError": "softlabels.errors",
     "read_recipe": "softlabels.config",
+    "AugmentOptions": "softlabels.config",
     "DumpOptions": "softlabels.config",
     "StudentOptions": "softlabels.config",
     "read_corpus": "softlabels.corpus",
@@ -36,6 +37,7 @@ _PUBLIC = {
     "train_teacher": "softlabels.teacher",
     "TeacherOptions": "softlabels.teacher",
     "read_column": "softlabels.corpus",
+    "augment": "softlabels.augment",
     "dump": "softlabels.dump",
     "import_logits": "softlabels.imports",
     "ImportOptions": "softlabels.config",
@@ -49,7 +51,9 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from softlabels.augment import augment as augment
     from softlabels.cache import open_cache as open_cache
+    from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import StudentOptions as StudentOptions

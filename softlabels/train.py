@@ -439,6 +439,7 @@ def _student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
+        mask_token_id=cache.tokenizer().mask_token_id,
     )
 
 

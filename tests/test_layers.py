@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 LAYERS = {
     "cli": ["__main__", "cli"],
     "run": ["run"],
-    "stage": ["plan", "dump", "fidelity", "imports", "train", "evaluate"],
+    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate"],
     "part": [
+        "augmenters",
         "cache",
         "captures",
         "checkpoint",
@@ -45,6 +46,7 @@ LAYERS = {
         "teaching_rows",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
+        "word_vectors",
     ],
     "base": ["errors", "truncated", "types"],
 }

@@ -45,7 +45,9 @@ def pins() -> Mapping[NormalizedName, Version]:
 # -------------------------------------------------------------------------------------------------- versions
 
 
-@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *EXTRAS["demo"], *EXTRAS["images"], *EXTRAS["dev"]])
+@pytest.mark.parametrize(
+    "text", [*PROJECT["dependencies"], *EXTRAS["demo"], *EXTRAS["images"], *EXTRAS["augment"], *EXTRAS["dev"]]
+)
 def test_each_dependency_is_pinned_within_its_bounds(text):
     requirement = Requirement(text)
     name = canonicalize_name(requirement.name)
@@ -62,7 +64,7 @@ def test_pins_fit_any_machine():
 def test_dependencies_are_what_the_code_imports():
     """Each third-party import of softlabels/ is declared, and nothing is declared in vain."""
     declared = names(PROJECT["dependencies"])
-    brought = names(EXTRAS["demo"]) | names(EXTRAS["images"])
+    brought = names(EXTRAS["demo"]) | names(EXTRAS["images"]) | names(EXTRAS["augment"])
     providers = packages_distributions()
     used = {
         canonicalize_name(providers.get(module, [module])[0])

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import xxhash
@@ -56,6 +57,22 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+        publish(path)
+    except BaseException:
+        temporary(path).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def text_file(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write piece by piece; at `path` when the block ends well, and nowhere when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
         publish(path)
     except BaseException:
         temporary(path).unlink(missing_ok=True)

@@ -49,6 +49,7 @@ class StudentSpec:
     teacher_config: dict[str, Any]  # the teacher's config.json
     options: dict[str, Any]  # checked by the student that is built
     task: Task = "sequence-classification"
+    mask_token_id: int | None = None  # what stands for a masked word in augmented texts
 
 
 class StudentModule(Protocol):

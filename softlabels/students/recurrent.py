@@ -55,9 +55,11 @@ def map_tokens(spec: StudentSpec) -> np.ndarray:
     """The row of every token id (V,) int32: see `CompactEmbedding`.
 
     The tokenizer's own unknown token shares the unknown row, which is so trained where the training rows
-    have it.
+    have it; and so does its mask token, of augmented texts: to these students a masked word is one they don't know
+    (Tang et al. 2019).
     """
-    known = spec.used_ids[spec.used_ids != spec.unk_token_id] if spec.unk_token_id is not None else spec.used_ids
+    unknown = [token for token in (spec.unk_token_id, spec.mask_token_id) if token is not None]
+    known = spec.used_ids[~np.isin(spec.used_ids, unknown)]
     token_map = np.full(spec.vocab_size, UNKNOWN_ROW, dtype=np.int32)
     token_map[spec.pad_token_id] = PAD_ROW
     # after the padding: a tokenizer that pads with its end-of-text token may have that token in a text too
