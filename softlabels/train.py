@@ -28,6 +28,7 @@ from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
 from softlabels.losses import HARD
 from softlabels.objective import Objective, build_objective
+from softlabels.optimizer import build_optimizer, clip_gradients
 from softlabels.progress import progress
 from softlabels.runs import RunRecord, save_run
 from softlabels.students import LINEAR, StudentSpec, build_student, check_student, student_inputs
@@ -153,7 +154,8 @@ def _train_epoch(
             loss, parts = objective(student_says, teacher_says, progress=state.step / max(tools.steps - 1, 1))
             _refuse_divergence(loss, "the loss", options, state)
             tools.accelerator.backward(loss)
-            tools.accelerator.clip_grad_norm_(student.parameters(), options.clip)
+            norm = clip_gradients(student.parameters(), options.clip)
+            _refuse_divergence(norm, "the gradient's norm", options, state)
             tools.optimizer.step()
             tools.schedule.step()
             tools.optimizer.zero_grad()
@@ -248,13 +250,7 @@ def _prepare(
         raise ConfigError("this version trains a student in one process: start it without `accelerate launch`")
     accelerator.init_trackers("tensorboard")
     steps = options.epochs * -(-len(split.train) // options.batch_size)
-    decayed = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]  # biases and norms
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr,
-        fused=True,
-    )
+    optimizer = build_optimizer(student, name=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, int(steps * options.warmup), steps)
     student, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
     return student, _Tools(accelerator, optimizer, schedule, steps)

@@ -46,6 +46,8 @@ TOKEN_LABELS = ("token-classification", *LANGUAGE_MODELS)  # tasks with a label 
 VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
 IMAGES: Task = "image-classification"  # the task whose rows are image files, and not texts
 
+OptimizerName = Literal["adamw", "adadelta", "sgd"]  # that a student can be trained with
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -32,6 +32,7 @@ LAYERS = {
         "labels",
         "losses",
         "objective",
+        "optimizer",
         "perplexity",
         "pixels",
         "pretrained",
