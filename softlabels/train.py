@@ -375,6 +375,8 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
+        tokenizer=cache.tokenizer,
+        sequences=lambda: cache.sequences(split.train),
     )
 
 

@@ -88,6 +88,14 @@ class TokenizedExample:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One row's tokens by themselves, without padding."""
+
+    input_ids: np.ndarray  # (L,) int32
+    token_type_ids: np.ndarray | None  # (L,) uint8, None where the tokenizer gives none
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """A padded batch of tokens, right-padded, ready for a model."""
 
