@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from softlabels import __version__
 from softlabels.errors import ConfigError
+from softlabels.types import OptimizerName
 
 # ------------------------------------------------------------------------------------------ words and small values
 
@@ -456,6 +457,7 @@ class StudentOptions(Strict):
     phases: list[Phase] = []  # instead of `losses` and `temperature`: several trainings, one after the other
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    optimizer: OptimizerName = "adamw"  # adadelta wants --lr 1.0
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps

@@ -102,7 +102,7 @@ def train_student(
             outcome = _train_linear(cache, options, stretches[0])
         else:
             used = np.unique(np.concatenate([split.train for split in splits]))
-            spec = replace(spec, used_ids=cache.used_ids(used))
+            spec = replace(spec, used_ids=cache.used_ids(used), sequences=lambda: cache.sequences(used))
             outcome = _train_network(cache, options, stretches, spec, out=out, cpu=cpu)
         last = phases[-1]
         record = RunRecord(
@@ -179,7 +179,8 @@ def _train_epoch(
             loss, parts = objective(student_says, teacher_says, progress=done)
             _refuse_divergence(loss, "the loss", stretch.phase, state)
             tools.accelerator.backward(loss)
-            clip_gradients(tools.parameters, options.clip)
+            norm = clip_gradients(tools.parameters, options.clip)
+            _refuse_divergence(norm, "the gradient's norm", stretch.phase, state)
             tools.optimizer.step()
             tools.schedule.step()
             tools.optimizer.zero_grad()
@@ -310,6 +311,7 @@ def _prepare(
     objective = replace(objective.to(accelerator.device), projections=projections)
     optimizer: Any = build_optimizer(
         student,
+        name=options.optimizer,
         lr=_size(phase.lr),
         weight_decay=_size(phase.weight_decay),
         groups=_groups(student, phase, objective),
@@ -440,6 +442,7 @@ def _student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
         options=options.options,
         task=teacher.task,
         mask_token_id=cache.tokenizer().mask_token_id,
+        tokenizer=cache.tokenizer,
     )
 
 

@@ -46,6 +46,8 @@ TOKEN_LABELS = ("token-classification", *LANGUAGE_MODELS)  # tasks with a label 
 VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
 IMAGES: Task = "image-classification"  # the task whose rows are image files, and not texts
 
+OptimizerName = Literal["adamw", "adadelta", "sgd"]  # that a student can be trained with
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -83,6 +85,14 @@ class TokenizedExample:
     text_b: str | None
     labels: np.ndarray | None = None  # (L,) int32 or (C,) float32 where the task has such labels; see the cache format
     content: Content | None = None  # of an image; `input_ids` are zeros then, one for each place of its sequence
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One row's tokens by themselves, without padding."""
+
+    input_ids: np.ndarray  # (L,) int32
+    token_type_ids: np.ndarray | None  # (L,) uint8, None where the tokenizer gives none
 
 
 @dataclass(frozen=True, slots=True)

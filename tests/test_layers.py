@@ -34,6 +34,7 @@ LAYERS = {
         "layer_maps",
         "losses",
         "objective",
+        "optimizer",
         "perplexity",
         "phases",
         "pixels",

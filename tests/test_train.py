@@ -26,6 +26,7 @@ from tests.models import LABEL_NAMES, TEXTS, save_teacher
 SMALL: dict[str, dict[str, Any]] = {
     "bilstm": {"embedding_dim": 16, "hidden_size": 12, "fc_size": 10},
     "lstm_attention": {"embedding_dim": 16, "hidden_size": 12, "layers": 2},
+    "word_average": {"embedding_dim": 16, "hidden_size": 12, "fc_size": 10},
     "transformer": {"layers": 1, "hidden_size": 16, "heads": 2},
 }
 
@@ -79,7 +80,7 @@ def same(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("student", ["bilstm", "lstm_attention", "transformer"])
+@pytest.mark.parametrize("student", ["bilstm", "lstm_attention", "word_average", "transformer"])
 def test_a_student_learns_the_labels_it_is_given(cache: Cache, tmp_path: Path, student: str) -> None:
     chosen = options(student, losses={"ce": 1}, epochs=40, lr=2e-2, validation=0.0)
     report = train_student(cache, out=tmp_path / "run", options=chosen, cpu=True)

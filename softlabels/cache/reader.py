@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.tokens import shuffled_batches, windowed_batches
-from softlabels.types import IMAGES, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
+from softlabels.types import IMAGES, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch, TokenSequence
 
 if TYPE_CHECKING:
     import datasets
@@ -157,6 +157,15 @@ class Cache:
         for shard, row in self._places(rows):
             seen[self._column_lists(EXAMPLES, "input_ids", shard).row(row)] = True
         return np.flatnonzero(seen)
+
+    def sequences(self, rows: np.ndarray) -> Iterator[TokenSequence]:
+        """The tokens of each of `rows` in turn, read as they are asked for."""
+        for shard, row in self._places(rows):
+            ids = self._column_lists(EXAMPLES, "input_ids", shard).row(row).astype(np.int32)
+            types = None
+            if self.manifest.teacher.token_types:
+                types = self._column_lists(EXAMPLES, "token_type_ids", shard).row(row)
+            yield TokenSequence(ids, types)
 
     def identity(self) -> str:
         """One hash that two caches share only if they hold the same rows, fields and values."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -23,14 +24,15 @@ from softlabels.errors import ConfigError, StudentError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from softlabels.types import Task, TokenBatch
+    from softlabels.types import Task, TokenBatch, TokenSequence
 
 STUDENTS: dict[str, str] = {  # a student's name: the module that builds and loads it
     "bilstm": "softlabels.students.bilstm",
     "lstm_attention": "softlabels.students.lstm_attention",
     "transformer": "softlabels.students.transformer",
+    "word_average": "softlabels.students.word_average",
 }
 LINEAR = "linear"  # fitted in one go by softlabels.students.linear, not trained by gradients
 STUDENT_NAMES = (*STUDENTS, LINEAR)
@@ -50,6 +52,8 @@ class StudentSpec:
     options: dict[str, Any]  # checked by the student that is built
     task: Task = "sequence-classification"
     mask_token_id: int | None = None  # what stands for a masked word in augmented texts
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None  # the teacher's, loaded when asked for
+    sequences: Callable[[], Iterable[TokenSequence]] | None = None  # the training rows', read when asked for
 
 
 class StudentModule(Protocol):

@@ -12,46 +12,40 @@ from pathlib import Path
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from softlabels.config import Strict
 from softlabels.students import StudentSpec, read_options
 from softlabels.students.recurrent import (
-    CompactEmbedding,
     PaddedLSTM,
+    RecurrentConfig,
+    RecurrentOptions,
+    build_recurrent,
     every_state,
     init_as_torch,
     load_recurrent,
+    make_embedding,
     map_tokens,
-    recurrent_settings,
     token_lengths,
 )
 
 
-class LSTMAttentionOptions(Strict):
+class LSTMAttentionOptions(RecurrentOptions):
     """What a user may choose."""
 
-    embedding_dim: int = Field(default=300, ge=1)
     hidden_size: int = Field(default=128, ge=1)  # of each direction; a step costs 2.3 times as much at 200
     layers: int = Field(default=3, ge=1)
     bidirectional: bool = False
-    dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
-class LSTMAttentionConfig(PreTrainedConfig):
+class LSTMAttentionConfig(RecurrentConfig):
     """What it takes to rebuild the model: config.json of the run."""
 
     model_type = "softlabels-lstm-attention"
 
-    pad_token_id: int | None = None
-    vocab_size: int = 0  # V, of the teacher's tokenizer
-    embedding_rows: int = 2  # tokens with a vector of their own, padding and unknown included
-    embedding_dim: int = 300
     hidden_size: int = 128
     layers: int = 3
     bidirectional: bool = False
-    dropout: float = 0.1
 
 
 class AdditiveAttention(nn.Module):
@@ -81,9 +75,9 @@ class LSTMAttentionStudent(PreTrainedModel):
     def __init__(self, config: LSTMAttentionConfig) -> None:
         super().__init__(config)
         assert config.num_labels is not None  # transformers derives it from the class names
-        self.embedding = CompactEmbedding(config.vocab_size, config.embedding_rows, config.embedding_dim)
+        self.embedding = make_embedding(config)
         self.lstm = PaddedLSTM(
-            config.embedding_dim,
+            self.embedding.width,
             config.hidden_size,
             layers=config.layers,
             bidirectional=config.bidirectional,
@@ -115,11 +109,7 @@ class LSTMAttentionStudent(PreTrainedModel):
 def build(spec: StudentSpec) -> LSTMAttentionStudent:
     """A new LSTM with attention for `spec`."""
     options = read_options(LSTMAttentionOptions, spec, student="lstm_attention")
-    token_map = map_tokens(spec)
-    config = LSTMAttentionConfig(**recurrent_settings(spec, options, token_map=token_map))
-    student = LSTMAttentionStudent(config)
-    student.embedding.use_tokens(token_map)
-    return student
+    return build_recurrent(LSTMAttentionStudent, LSTMAttentionConfig, spec, options, token_map=map_tokens(spec))
 
 
 def load(folder: Path) -> LSTMAttentionStudent:
