@@ -37,6 +37,7 @@ LAYERS = {
         "pretrained",
         "progress",
         "runs",
+        "scratch",
         "students",
         "tasks",
         "teacher",  # fine-tuned by a command of its own, and a part of dump

@@ -285,7 +285,7 @@ def test_other_architectures_read_rows_of_full_length(kind):
     [
         ({"model_type": "brt"}, r"no model_type 'brt'\. Did you mean 'bert'\?"),
         ({"model_type": "t5"}, "'t5' of these options can't read rows of 16 tokens"),
-        ({"vocab_size": 5}, "'vocab_size' can't be chosen: it comes from the cache"),
+        ({"vocab_size": 5}, "'vocab_size' can't be chosen: it follows from the tokenizer"),
         ({"hidden_size": 100, "heads": 3}, "width of 100 can't be split into 3 heads"),
         ({"layers": "two"}, "num_hidden_layers"),
         ({"hidden_act": "nonsense"}, "nonsense"),
