@@ -1,7 +1,7 @@
 """A teacher from nothing: a shape and a tokenizer in, a classifier with random weights out.
 
-The shape is a preset of the transformer student (`mobilebert-teacher`, `bert-mini` …) or a folder with a config.json; its
-sizes may be changed by that student's options. The vocabulary is the tokenizer's.
+The shape is a preset of the transformer student (`mobilebert-teacher`, `bert-mini` …) or a folder with a config.json;
+its sizes may be changed by that student's options. The vocabulary is the tokenizer's.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def find_blank(model: str, *, tokenizer: str | None, options: dict[str, Any]) ->
     else:
         near = suggest(model, PRESETS)
         raise TeacherError(
-            f"--from-scratch needs a folder with a config.json, or one of {', '.join(PRESETS)}; '{model}' is neither.{near}"
+            f"--from-scratch needs a folder with a config.json, or one of {', '.join(PRESETS)}; '{model}' is neither."
+            f"{near}"
         )
     reader = _find_tokenizer(tokenizer or model)
     types = 2 if "token_type_ids" in reader.model_input_names else 1
@@ -74,7 +75,8 @@ def build_blank(blank: Blank, label_names: list[str]) -> PreTrainedModel:
         unk_token_id=tokenizer.unk_token_id,
         max_length=_TRIED_TOKENS,
         used_ids=np.array([tokenizer.pad_token_id]),
-        teacher_config={"type_vocab_size": blank.token_types},
+        # 12 heads where a preset has as many as its teacher: so had the teachers of its paper
+        teacher_config={"type_vocab_size": blank.token_types, "num_attention_heads": 12},
         options=blank.shape,
     )
     try:

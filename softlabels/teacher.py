@@ -1,8 +1,9 @@
-"""The teacher: a model for any task, loaded as it is, or a sequence classifier fine-tuned from a pretrained one (or new).
+"""The teacher: a model for any task, loaded as it is, or a sequence classifier that is trained here.
 
-`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher`
-fine-tunes: labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about.
-The folder is written under another name and renamed last, so `out` is either a whole teacher or not there.
+`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher` fine-tunes a
+pretrained model, or trains a new one (see `scratch`): labelled rows in, a `save_pretrained` folder out, with
+`teacher.json` saying how it came about. The folder is written under another name and renamed last, so `out` is either
+a whole teacher or not there.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class TeacherOptions:
                 raise ConfigError(f"{name} {getattr(self, name)} is out of range for training a teacher")
         if not self.from_scratch and (self.tokenizer is not None or self.options):
             raise ConfigError(
-                "a tokenizer or options of the shape are for a teacher that starts from nothing: give --from-scratch, or "
-                "leave them out"
+                "a tokenizer or options of the shape are for a teacher that starts from nothing: give --from-scratch, "
+                "or leave them out"
             )
 
 

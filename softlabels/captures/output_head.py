@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from softlabels.cache.head import OutputHead
 from softlabels.errors import TeacherError
 
-# Heads that read the weights of their output embedding without calling it: there the states are narrowed before the head.
+# Heads that read their output embedding's weights without calling it: there states are narrowed before the whole head.
 _WHOLE_HEADS = {"mobilebert": "cls.predictions"}
 _CLOSE = 1e-4  # of logits rebuilt from states, relative to the largest
 

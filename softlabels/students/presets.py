@@ -93,9 +93,9 @@ PRESETS: Mapping[str, Preset] = {
             "hidden_dropout_prob": 0.0,
         },
     ),
-    # IB-BERT-large, the teacher with inverted bottlenecks. In the paper Q and K are made of the block's input, 512 wide,
-    # as V is; transformers' MobileBERT can make Q and K only of what a bottleneck gives, here 1,024 wide: 332 million
-    # parameters instead of 293.
+    # IB-BERT-large, the teacher with inverted bottlenecks. In the paper Q and K are made of the block's input, 512
+    # wide, as V is; transformers' MobileBERT can make Q and K only of what a bottleneck gives, here 1,024 wide:
+    # 332 million parameters instead of 293.
     "mobilebert-teacher": Preset(
         "Sun et al. 2020, table 1",
         _MOBILE

@@ -27,7 +27,8 @@ SHORT_NAMES = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
 FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff")  # by architecture
 POSITIONS = "max_position_embeddings"
 SPECIAL_IDS = {"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"}
-DERIVED = ("true_hidden_size",)  # of MobileBERT: what a folder's config says goes before the sizes it follows from
+# What a folder's config says and the new one works out; MobileBERT's width would go before the sizes it follows from
+DERIVED = ("architectures", "true_hidden_size")
 FROM_THE_CACHE = ("vocab_size", "pad_token_id", "num_labels", "id2label", "label2id")
 OWN_OPTIONS = ("preset", "model_type", "config", "init_from", "init_layers", "init_head")
 OF_THE_TEACHER = "teacher"  # heads: teacher
