@@ -128,7 +128,8 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
 
 @app.command(
     "train-teacher",
-    epilog="Example:  softlabels train-teacher train.csv --model all-MiniLM-L6-v2 --out teacher",
+    epilog="Examples:  softlabels train-teacher train.csv --model all-MiniLM-L6-v2 --out teacher   |   softlabels "
+    "train-teacher train.csv --model bert-mini --from-scratch --tokenizer bert-base-chinese --out teacher",
 )
 def train_teacher_command(
     corpus: CorpusArgument,
@@ -153,6 +154,26 @@ def train_teacher_command(
         int | None, typer.Option(min=1, help="tokens a text; by default what the model takes, at most 512")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch",
+            help="start from random weights: --model is a folder with a config.json, or a shape's name (bert-mini, "
+            "mobilebert-teacher, …)",
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="with --from-scratch: a folder or model whose tokenizer to take; by default the model folder's"
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="with --from-scratch: a size, e.g. layers=4; may be repeated"
+        ),
+    ] = None,
     text: Text = None,
     label: Label = None,
     rows: Rows = None,
@@ -160,12 +181,21 @@ def train_teacher_command(
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """Fine-tune a classifier, so that it can teach."""
-    from softlabels.config import TeacherTraining, build_options
+    """Fine-tune a classifier, or train a new one, so that it can teach."""
+    from softlabels.config import TeacherTraining, build_options, parse_options
 
     checked = build_options(
         TeacherTraining,
-        {"epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length, "seed": seed},
+        {
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "seed": seed,
+            "from_scratch": from_scratch,
+            "tokenizer": tokenizer,
+            "options": parse_options(option or []),
+        },
         where="train-teacher",
     )
     from softlabels.corpus import read_corpus

@@ -510,6 +510,9 @@ class TeacherTraining(Strict):
     max_length: int | None = Field(default=None, ge=1)
     rows: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    from_scratch: bool = False  # random weights; the model is a preset's name or a folder with a config.json
+    tokenizer: str | None = None  # with from_scratch: whose tokenizer; None: the model folder's
+    options: dict[str, Any] = {}  # with from_scratch: sizes, as of the transformer student
 
 
 # --------------------------------------------------------------------------------------------------------- recipes

@@ -1,8 +1,9 @@
-"""The teacher: a model for any task, loaded as it is, or a sequence classifier fine-tuned from a pretrained one.
+"""The teacher: a model for any task, loaded as it is, or a sequence classifier that is trained here.
 
-`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher`
-fine-tunes: labelled rows in, a `save_pretrained` folder out, with `teacher.json` saying how it came about.
-The folder is written under another name and renamed last, so `out` is either a whole teacher or not there.
+`load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher` fine-tunes a
+pretrained model, or trains a new one (see `scratch`): labelled rows in, a `save_pretrained` folder out, with
+`teacher.json` saying how it came about. The folder is written under another name and renamed last, so `out` is either
+a whole teacher or not there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -33,8 +34,11 @@ from softlabels.pretrained import (
     quiet_transformers,
     reset_tokenizer,
     resolve_pretrained,
+    weight_files,
 )
 from softlabels.progress import progress
+from softlabels.scratch import Blank, build_blank, find_blank
+from softlabels.students.presets import PRESETS
 from softlabels.tasks import AUTO_CLASSES, check_tokenizer, find_task, has_label_names
 from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, shuffled_batches, tokenize
 from softlabels.types import IMAGES, NO_LABEL, VECTOR_LABELS, Task, TokenizedExample
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "softlabels-teacher", 1
 METRIC = "accuracy"
+_UNSAID = {"from_scratch": False}  # settings that a teacher.json of an earlier softlabels doesn't have
 _EVAL_ROWS = 64
 
 
@@ -87,6 +92,9 @@ class TeacherOptions:
     validation_fraction: float = 0.1  # of each class, held out where no validation corpus is given
     seed: int = 0
     precision: Literal["fast", "bfloat16", "float32"] = "fast"  # see `_compute_precision`
+    from_scratch: bool = False  # random weights: the model is a preset's name or a folder with a config.json
+    tokenizer: str | None = None  # with from_scratch: whose tokenizer; None: the model folder's
+    options: dict[str, Any] = field(default_factory=dict)  # with from_scratch: sizes, as of the transformer student
     trust_remote_code: bool = False
     device: str | None = None  # None: the GPU if there is one
 
@@ -105,6 +113,11 @@ class TeacherOptions:
         for name, wrong in faults.items():
             if wrong:
                 raise ConfigError(f"{name} {getattr(self, name)} is out of range for training a teacher")
+        if not self.from_scratch and (self.tokenizer is not None or self.options):
+            raise ConfigError(
+                "a tokenizer or options of the shape are for a teacher that starts from nothing: give --from-scratch, "
+                "or leave them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -316,14 +329,15 @@ def train_teacher(
 ) -> TeacherReport:
     """Fine-tune `model` (folder or hub name) on the labelled rows of `corpus`, and write a teacher to `out`.
 
+    With `options.from_scratch` it starts from random weights, see `softlabels.scratch`.
     The epoch with the best accuracy on `validation` is kept (of equals the one with the lower loss). Without
     `validation`, a share of each class of `corpus` is held out. The same call on the same machine gives the
     same weights; where `out` already holds that teacher, nothing is trained. TeacherError and CorpusError say
     what does not fit.
     """
     check_trainable(corpus)
-    folder = resolve_pretrained(model, trust_remote_code=options.trust_remote_code)
-    configuration = _configuration(corpus, folder, options, validation)
+    beginning = _find_beginning(model, options)
+    configuration = _configuration(corpus, beginning, options, validation)
     earlier = _earlier(out, configuration)
     if earlier is not None:
         return earlier
@@ -331,7 +345,7 @@ def train_teacher(
     device = _pick_device(options.device)
     with torch.random.fork_rng(), _renamed_last(out) as unfinished:
         torch.manual_seed(options.seed)
-        network, tokenizer = _prepare_model(folder, corpus.label_names or [], options)
+        network, tokenizer = _prepare_model(beginning, corpus.label_names or [], options)
         rows = _prepare_rows(corpus, validation, tokenizer, network.config, options)
         network.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` has the wrong type
         epochs, best = _fit(network, rows, tokenizer.pad_token_id, options)
@@ -358,10 +372,24 @@ def train_teacher(
     return report
 
 
+def _find_beginning(model: str, options: TeacherOptions) -> Path | Blank:
+    """The pretrained model's folder, or what a new one is made of; TeacherError where there is neither."""
+    if options.from_scratch:
+        return find_blank(model, tokenizer=options.tokenizer, options=options.options)
+    folder = Path(model).expanduser()
+    if model in PRESETS and not folder.exists():
+        raise TeacherError(f"'{model}' is a shape, not a trained model: give --from-scratch and --tokenizer with it")
+    if (folder / "config.json").is_file() and not weight_files(folder):
+        raise TeacherError(f"{folder} has no weights in safetensors: to start from random ones, give --from-scratch")
+    return resolve_pretrained(model, trust_remote_code=options.trust_remote_code)
+
+
 def _prepare_model(
-    folder: Path, label_names: list[str], options: TeacherOptions
+    folder: Path | Blank, label_names: list[str], options: TeacherOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model under a head for `label_names`, and its tokenizer."""
+    """The pretrained model under a head for `label_names`, or a new one, and its tokenizer."""
+    if isinstance(folder, Blank):
+        return build_blank(folder, label_names), folder.tokenizer
     config = _load_config(folder, options.trust_remote_code)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
@@ -554,11 +582,14 @@ def _score(
 # ------------------------------------------------------------------------------------------------- the folder
 
 
-def _configuration(corpus: Corpus, folder: Path, options: TeacherOptions, validation: Corpus | None) -> dict[str, Any]:
+def _configuration(
+    corpus: Corpus, beginning: Path | Blank, options: TeacherOptions, validation: Corpus | None
+) -> dict[str, Any]:
     """What decides the teacher's weights, beside the machine and the versions."""
-    settings = {key: value for key, value in asdict(options).items() if key not in ("device", "trust_remote_code")}
+    other = ("device", "trust_remote_code", "tokenizer", "options")  # the last two are in the model's identity
+    settings = {key: value for key, value in asdict(options).items() if key not in other}
     return {
-        "model": hash_weights(folder),
+        "model": beginning.identity if isinstance(beginning, Blank) else hash_weights(beginning),
         "corpus": corpus.hash,
         "validation": None if validation is None else validation.hash,
         "label_names": list(corpus.label_names or []),
@@ -576,7 +607,7 @@ def _earlier(out: Path, configuration: dict[str, Any]) -> TeacherReport | None:
         if saved["format"] != FORMAT or saved["version"] != VERSION:
             raise ValueError
         before, report = saved["configuration"], saved["report"]
-        differing = [key for key in configuration if before.get(key) != configuration[key]]
+        differing = [key for key in configuration if before.get(key, _UNSAID.get(key)) != configuration[key]]
         epochs = [EpochFigures(**figures) for figures in report.pop("epochs")]
         found = TeacherReport(**report, out=out, epochs=epochs, reused=True)
         unchanged = not differing and hash_weights(out) == found.weights_hash

@@ -42,6 +42,7 @@ LAYERS = {
         "progress",
         "projections",
         "runs",
+        "scratch",
         "students",
         "tasks",
         "teaching_rows",

@@ -237,6 +237,7 @@ def prepare(
 ) -> TeacherRun:
     """Set `model` up for `requests`. `probe`, any small batch, shows whether its attention can be tapped.
 
+    A student may be in training mode: it is probed in evaluation mode, for dropout changes attention maps.
     ConfigError for layers that the model does not have, TeacherError for signals that it cannot give.
     """
     resolved = resolve_layers(requests, layers=getattr(model.config, "num_hidden_layers", None))
@@ -244,10 +245,12 @@ def prepare(
     if not run.wants("qkv", "attention"):
         return run
     own_configs(model)
-    before = model.config._attn_implementation
+    before, was_training = model.config._attn_implementation, model.training
+    model.eval()
     with exactly(model.device):
         maps = eager_maps(model, probe)
         fault = why_not_tapped(model, probe, maps=maps)
+    model.train(was_training)
     if not fault:
         return replace(run, tapped=True)
     model.set_attn_implementation(before)

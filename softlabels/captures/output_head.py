@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from softlabels.cache.head import OutputHead
 from softlabels.errors import TeacherError
 
+# Heads that read their output embedding's weights without calling it: there states are narrowed before the whole head.
+_WHOLE_HEADS = {"mobilebert": "cls.predictions"}
 _CLOSE = 1e-4  # of logits rebuilt from states, relative to the largest
 
 
@@ -49,6 +51,8 @@ def only_targets(model: PreTrainedModel, targets: Tensor | None) -> Iterator[lis
 
 def _head_of(model: PreTrainedModel) -> nn.Module:
     head = model.get_output_embeddings()
+    if head is not None and (whole := _WHOLE_HEADS.get(model.config.model_type)):
+        return model.get_submodule(whole)
     if not isinstance(head, nn.Module):
         raise TeacherError(f"{type(model).__name__} has no output head over a vocabulary: it is no language model")
     return head
