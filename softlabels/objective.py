@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -143,19 +142,19 @@ class Objective:
         return total, parts
 
     def _value(self, term: Term, student: Signals, teacher: Signals, progress: float) -> Tensor:
-        options = {
+        options: dict[str, Any] = {
             name: value.at(progress) if isinstance(value, Schedule) else value for name, value in term.options.items()
         }
         if term.loss in LAYER_LOSSES:
-            loss: Callable[..., Tensor] = partial(LAYER_LOSSES[term.loss], **options)
+            on_layers: Callable[..., Tensor] = LAYER_LOSSES[term.loss]
             values = [
-                weight * loss(self._projected(term, index, student), teacher, layers=pair)
+                weight * on_layers(self._projected(term, index, student), teacher, layers=pair, **options)
                 for index, (pair, weight) in enumerate(zip(term.pairs, term.depth, strict=True))
             ]
             return torch.stack(values).sum()
         temperature = _temperature(term.temperature, student, teacher, progress)
-        losses = LANGUAGE_LOSSES if self.language else LOSSES
-        return partial(losses[term.loss], **options)(student, teacher, temperature=temperature)
+        loss: Callable[..., Tensor] = (LANGUAGE_LOSSES if self.language else LOSSES)[term.loss]
+        return loss(student, teacher, temperature=temperature, **options)
 
     def _projected(self, term: Term, index: int, student: Signals) -> Signals:
         """`student` with the hidden states of pair `index` as wide as the teacher's, where the term projects."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def _by_layer(phase: Phase, student_layers: int, teacher_layers: int) -> Iterato
                 entries = [_entry(pairs[index]) for index in kept]
                 terms.append(term.model_copy(update={"map": entries, "depth": depth}))
         below = [*(["embeddings"] if layer > 0 else []), *([f"layers:1-{layer - 1}"] if layer > 1 else [])]
-        rest = {"freeze": [*phase.freeze, *below]}
+        rest: dict[str, Any] = {"freeze": [*phase.freeze, *below]}
         if not isinstance(phase.progressive, bool):
             rest = {"slow": phase.slow | dict.fromkeys(below, phase.progressive)}
         yield phase.model_copy(update={"name": f"{phase.name}-{layer}", "losses": terms, "progressive": False, **rest})

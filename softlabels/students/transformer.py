@@ -64,9 +64,7 @@ def build(spec: StudentSpec) -> PreTrainedModel:
 
 def count_layers(spec: StudentSpec) -> int:
     """How many layers a transformer for `spec` has."""
-    options = dict(spec.options)
-    teacher = _read_init(options)
-    return _make_config(spec, options, teacher).num_hidden_layers
+    return read_shape(spec).config.num_hidden_layers
 
 
 def load(folder: Path) -> PreTrainedModel:
