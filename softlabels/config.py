@@ -574,6 +574,7 @@ class Recipe(Strict):
     corpus: CorpusChoice
     teacher: TeacherChoice
     dump: DumpOptions = DumpOptions()
+    augment: AugmentOptions | None = None  # what the teacher labels for the students is made larger first
     pretrain: Pretraining | None = None
     students: list[StudentEntry] = Field(min_length=1)
 

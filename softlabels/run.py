@@ -1,9 +1,9 @@
 """Every stage of a recipe, in order; a stage whose inputs haven't changed is skipped.
 
-corpus → teacher → dump → students, each from soft labels and (its twin) from hard labels alone → evaluation → table.
+corpus → teacher → (augment) → dump → students, each from soft labels and (its twin) from hard labels alone → table.
 A recipe that pretrains its students does the first three once more before. Everything lies in one folder:
 
-    teacher/  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
+    teacher/  augmented.jsonl  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
     pretrain/           its own teacher/, cache/ and student/
     stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
     results.json        the table as data
@@ -21,12 +21,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from softlabels.augment import augment
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
 from softlabels.config import (
     BASE,
     PRETRAINED,
     TEACHER,
+    AugmentOptions,
     CorpusChoice,
     DumpOptions,
     Pretraining,
@@ -119,6 +121,8 @@ def run_recipe(
         corpora = _Corpora(recipe.corpus, recipe.teacher)
         _check(recipe, corpora)
         teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu)
+        if recipe.augment is not None:
+            _augment(recipe.augment, stages, corpora, teacher, cpu=cpu)
         cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu)
         logits = recipe.dump.model_copy(update={"capture": ["logits"]})
         test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu)
@@ -178,6 +182,7 @@ class _Corpora:
     def __init__(self, choice: CorpusChoice, teacher: TeacherChoice, task: Task = "sequence-classification") -> None:
         self.choice, self.training, self.task = choice, teacher.train, task
         self._read: dict[tuple[str, str | None, int | None], Corpus] = {}
+        self._put: dict[str, Corpus] = {}
 
     def key(self, use: str) -> str:
         """A fingerprint of a corpus: of its rows, whatever file they came from."""
@@ -185,6 +190,8 @@ class _Corpora:
         return fingerprint([corpus.hash, corpus.label_names])
 
     def read(self, use: str) -> Corpus:
+        if use in self._put:
+            return self._put[use]
         source, split = self._place(use)
         rows = self._rows(use)
         if (source, split, rows) not in self._read:
@@ -192,6 +199,10 @@ class _Corpora:
                 source, split=split, text=self.choice.text, label=self.choice.label, rows=rows, task=self.task
             )
         return self._read[source, split, rows]
+
+    def put(self, use: str, corpus: Corpus) -> None:
+        """From now on `corpus` is what `read(use)` gives."""
+        self._put[use] = corpus
 
     def _place(self, use: str) -> tuple[str, str | None]:
         choice = self.choice
@@ -252,6 +263,21 @@ def _dump(
 
     found = stages.run(_stage(under, name), key, work, makes=out / "manifest.json")
     return _Made(str(out), key, found["seconds"], found)
+
+
+def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teacher: _Made, *, cpu: bool) -> None:
+    """A larger transfer set takes the place of the recipe's."""
+    file = stages.out / "augmented.jsonl"
+
+    def work() -> dict[str, Any]:
+        file.unlink(missing_ok=True)  # of other inputs
+        report = augment(
+            corpora.read("transfer"), out=file, options=options, teacher=teacher.path, device="cpu" if cpu else None
+        )
+        return {"rows": report.rows}
+
+    stages.run("augment", [teacher.key, corpora.key("transfer"), options.model_dump()], work, makes=file)
+    corpora.put("transfer", read_corpus(file))
 
 
 def _stage(under: str, name: str) -> str:
