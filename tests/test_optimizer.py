@@ -108,7 +108,7 @@ def test_moments_of_an_absent_row_wait():
 def test_groups_have_learning_rates_of_their_own_and_frozen_parameters_none():
     model, projection = Model(sparse=True), nn.Linear(3, 2)
     model.layer.weight.requires_grad_(False)
-    groups = [ParameterGroup(list(projection.parameters()), 5.0), ParameterGroup([model.table.weight], 0.1)]
+    groups = [ParameterGroup(list(projection.parameters()), 5.0), ParameterGroup(list(model.table.parameters()), 0.1)]
     optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.3, groups=groups)
     found = {
         id(parameter): (round(group["lr"], 9), group["weight_decay"])

@@ -75,7 +75,7 @@ def answer(student: PreTrainedModel, tokens: TokenBatch) -> Tensor:
     return student.eval()(**student_inputs(student, tokens)).logits
 
 
-def read_alone(vectors: Tensor, cell: nn.LSTM) -> Tensor:
+def read_alone(vectors: Tensor, cell: Any) -> Tensor:
     """The last state of an LSTM over (L, width), step by step as Hochreiter and Schmidhuber's gates have it."""
     state = memory = torch.zeros(cell.hidden_size)
     for vector in vectors:
@@ -100,7 +100,7 @@ def by_hand(student: Any, texts: list[list[int]]) -> Tensor:
 
 
 def words(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ------------------------------------------------------------------------------------------- the Distilled BiLSTM
