@@ -187,6 +187,15 @@ def test_names_of_berts_first_file_are_understood(bert, tmp_path):
         assert torch.equal(value, theirs[name][tuple(map(slice, value.shape))]), name
 
 
+@pytest.mark.parametrize(("kind", "known"), [("bert", 40), ("roberta", 38)])
+def test_rows_longer_than_what_the_start_can_read_are_refused(kind, known, request):
+    _, folder = request.getfixturevalue(kind)
+    longer = replace(spec(preset="distilbert", layers=2, init_from=str(folder)), max_length=known)
+    assert build_student("transformer", longer).config.max_position_embeddings == known
+    with pytest.raises(StudentError, match=f"reads up to {known} tokens, .* may have {known + 1}: dump them with"):
+        build_student("transformer", replace(longer, max_length=known + 1))
+
+
 # ------------------------------------------------------------------------------------------------- a model's head
 
 

@@ -131,6 +131,8 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], start: Start | None
     except (huggingface_hub.errors.StrictDataclassError, TypeError, ValueError) as error:
         raise StudentError(f"a '{kind.model_type}' can't have these options: {one_line(error)}") from None
     _check_heads(config)
+    if start is not None:
+        _check_positions(spec, start)
     if getattr(config, POSITIONS, needed) < needed:
         raise StudentError(
             f"the cache's rows have up to {spec.max_length} tokens, for which a '{kind.model_type}' needs "
@@ -184,6 +186,19 @@ def _small(kind: type[PreTrainedConfig], spec: StudentSpec, chosen: dict[str, An
         "type_vocab_size": token_types(spec),
     }
     return {name: size for name, size in sizes.items() if name in known | {"intermediate_size"}}
+
+
+def _check_positions(spec: StudentSpec, start: Start) -> None:
+    """StudentError where rows may be longer than what the student starts from can read."""
+    teacher = start.teacher
+    known = read_setting(teacher.config, POSITIONS)
+    if isinstance(known, int) and teacher.model_type in OFFSET_POSITIONS:
+        known -= max(spec.pad_token_id, 1) + 1
+    if isinstance(known, int) and 0 < known < spec.max_length:
+        raise StudentError(
+            f"option 'init_from': {teacher.folder} reads up to {known} tokens, the cache's rows may have "
+            f"{spec.max_length}: dump them with --max-length {known}"
+        )
 
 
 def _check_heads(config: PreTrainedConfig) -> None:
