@@ -49,7 +49,7 @@ Text = Annotated[
         "--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs; or with the image"
     ),
 ]
-Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label")]
+Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label; or with the target text")]
 Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
 Json = Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
@@ -210,8 +210,8 @@ def dump_command(
         str | None,
         typer.Option(
             help="what the teacher was made for: sequence-classification, multi-label-classification, regression, "
-            "token-classification, masked-lm, causal-lm, sentence-embedding or image-classification; by default what "
-            "its config.json says"
+            "token-classification, masked-lm, causal-lm, seq2seq-lm, sentence-embedding or image-classification; by "
+            "default what its config.json says"
         ),
     ] = None,
     maskings: Annotated[int | None, typer.Option(min=1, help="of masked-lm: how often each text is masked")] = None,

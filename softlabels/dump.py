@@ -159,6 +159,7 @@ def _probe(row: Example, teacher: Teacher, options: DumpOptions, *, max_length: 
         max_length=max_length,
         labels=labels,
         masking=_masking(teacher, options),
+        model=teacher.model,
     )
     return _batch(teacher, tokens.examples)
 
@@ -200,6 +201,7 @@ def _steps(teacher: Teacher, run: TeacherRun, options: DumpOptions, *, max_lengt
             max_length=max_length,
             labels=task.labels,
             masking=_masking(teacher, options),
+            model=teacher.model,
         ),
         pad=lambda examples: pad_batch(examples, pad_token_id=pad_token_id),
         take=_compiled(run) if options.compile else run.take,

@@ -222,7 +222,10 @@ class _Comparison:
     def _live(self, rows: np.ndarray, rng: np.random.Generator, *, largest: int) -> dict[int, dict[str, Tensor]]:
         """By row what the teacher gives, in batches of random neighbours and sizes, no larger than the dump's."""
         order, found = rng.permutation(rows), {}
-        room = max(1, self.cache.manifest.dump.batch_tokens // int(self.cache.lengths[rows].max()))
+        longest = self.cache.lengths[rows].max()
+        if self.cache.targets is not None:
+            longest = max(longest, self.cache.targets[rows].max())  # of a decoder, which may write more than is read
+        room = max(1, self.cache.manifest.dump.batch_tokens // int(longest))
         while len(order):
             size = int(rng.integers(1, min(largest, room) + 1))
             batch, order = order[:size], order[size:]

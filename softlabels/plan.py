@@ -42,8 +42,8 @@ from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import progress
 from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
-from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
-from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, TokenBatch, TokenizedExample
+from softlabels.tokens import batches_by_length, count_row_targets, count_tokens, pad_batch, resolve_max_length
+from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TokenBatch, TokenizedExample
 
 TEMPERATURES, TOPS = (1.0, 2.0, 4.0, 8.0), (16, 32, 64, 128)
 _TIMED = 3  # batches, at even distances from the longest to the shortest
@@ -203,7 +203,8 @@ class _Sample:
     def timed(self, options: DumpOptions) -> list[np.ndarray]:
         """A shard's batches as the dump makes them, in the sample's row numbers."""
         numbers = self.shard(min(options.shard_rows, self.total))
-        parts = batches_by_length(self.lengths[numbers], batch_tokens=options.batch_tokens)
+        counts = np.array([count_tokens(example) for example in self.examples])
+        parts = batches_by_length(counts[numbers], batch_tokens=options.batch_tokens)
         return [numbers[part] for part in parts]
 
 
@@ -211,7 +212,7 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
     masking = options.masking if teacher.task == "masked-lm" else None
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    sizes = np.array([len(row.text) + len(row.text_b or "") for row in corpus.examples])
+    sizes = np.array([len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples])
     places = (np.arange(min(count, len(sizes))) + 0.5) * len(sizes) / min(count, len(sizes))
     chosen = np.sort(np.argsort(sizes, kind="stable")[places.astype(np.int64)])
     examples = [corpus.examples[number] for number in chosen.tolist()]
@@ -222,6 +223,7 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
         max_length=resolve_max_length(options.max_length, teacher.tokenizer, teacher.model.config),
         labels=encode_task_labels(teacher.task, examples, teacher.label_names),
         masking=masking,
+        model=teacher.model,
     )
     maskings = 1 if masking is None else masking.times
     return _Sample(
@@ -263,7 +265,12 @@ def _examples_size(rows: _Sample, teacher: Teacher, options: DumpOptions) -> int
         teacher.tokenizer, name=teacher.name, weights_hash="", label_names=teacher.label_names, task=teacher.task
     )
     schema = examples_schema(
-        0, vocab_size=card.vocab_size, token_types=card.token_types, text=options.text, labels=labels_type(card)
+        0,
+        vocab_size=card.vocab_size,
+        token_types=card.token_types,
+        text=options.text,
+        labels=labels_type(card),
+        targets=card.task == SEQ2SEQ,
     )
 
     def size(numbers: np.ndarray) -> int:

@@ -379,6 +379,7 @@ def _student_spec(cache: Cache, options: StudentOptions, split: _Split) -> Stude
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
+        decoder_start=None if cache.decoder_starts is None else int(cache.decoder_starts[0]),
     )
 
 

@@ -49,6 +49,7 @@ class StudentSpec:
     teacher_config: dict[str, Any]  # the teacher's config.json
     options: dict[str, Any]  # checked by the student that is built
     task: Task = "sequence-classification"
+    decoder_start: int | None = None  # what the teacher's decoder read first, of an encoder-decoder model
 
 
 class StudentModule(Protocol):

@@ -1,6 +1,8 @@
 """A small transformer of any architecture that transformers can build as a sequence classifier.
 
-Of a language model's cache it is a language model: for masked-lm a BERT, for causal-lm a GPT-2 by default.
+Of a language model's cache it is a language model: for masked-lm a BERT, for causal-lm a GPT-2, for seq2seq-lm a T5 by
+default. `layers`, `heads` and `intermediate_size` of an encoder-decoder model are those of its encoder and, unless they
+are named (`decoder_layers=1`), of its decoder too.
 
 By default a BERT of 2 layers, 128 wide; its options are `layers`, `hidden_size`, `heads`,
 `intermediate_size`, `model_type` and any attribute of that architecture's config; or `config`, a folder with
@@ -22,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,16 +37,20 @@ from softlabels.students import StudentSpec, refuse_incomplete, student_inputs
 from softlabels.students.teacher_layers import TeacherWeights, copy_layers, open_teacher
 from softlabels.tasks import find_task
 from softlabels.tokens import OFFSET_POSITIONS
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Task, TokenBatch
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, Task, TokenBatch
 
 _KINDS: dict[Task, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "masked-lm": AutoModelForMaskedLM,
     "causal-lm": AutoModelForCausalLM,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
 }
+_USUAL: dict[Task, str] = {"causal-lm": "gpt2", SEQ2SEQ: "t5"}
 WIDTH_OF_A_HEAD = 64
 SHORT_NAMES = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
-FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff")  # by architecture
+FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")  # of each
+DECODER_SIZES = {"encoder_layers": "decoder_layers", "encoder_attention_heads": "decoder_attention_heads"}
+DECODER_SIZES |= {"encoder_ffn_dim": "decoder_ffn_dim", "num_layers": "num_decoder_layers"}
 POSITIONS = "max_position_embeddings"
 SPECIAL_IDS = {"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"}
 FROM_THE_CACHE = ("vocab_size", "pad_token_id", "num_labels", "id2label", "label2id")
@@ -54,6 +61,10 @@ def build(spec: StudentSpec) -> PreTrainedModel:
     """A new transformer for `spec`, its head and whatever no teacher gave it at random."""
     options = dict(spec.options)
     teacher = _read_init(options)
+    if teacher is not None and spec.task == SEQ2SEQ:
+        raise StudentError(
+            "option 'init_from' is for models of one stack of layers so far: leave it out for seq2seq-lm"
+        )
     config = _make_config(spec, options, teacher)
     try:
         student = _KINDS[spec.task].from_config(config, trust_remote_code=False, dtype=torch.float32)
@@ -91,7 +102,8 @@ def _try_out(student: PreTrainedModel, spec: StudentSpec) -> None:
     try:
         with torch.inference_mode():
             types = torch.full_like(ids, min(_token_types(spec), 2) - 1)
-            batch = TokenBatch(ids, mask, types, torch.full((2,), NO_LABEL))
+            written = ids if spec.task == SEQ2SEQ else None
+            batch = TokenBatch(ids, mask, types, torch.full((2,), NO_LABEL), written)
             wanted: tuple[int, ...] = (2, len(spec.label_names))
             if spec.task in LANGUAGE_MODELS:
                 wanted = (2, spec.max_length, spec.vocab_size)
@@ -161,6 +173,8 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], teacher: TeacherWei
         settings["is_decoder"] = True  # a BERT that looks back only
     for name in SPECIAL_IDS & _attributes(kind) - set(chosen):
         settings[name] = None  # the architecture's own tokenizer's, which is not the cache's
+    if spec.task == SEQ2SEQ:
+        settings |= {name: value for name, value in _writing(kind, spec, settings).items() if name not in chosen}
     # RoBERTa and its kin number positions from pad_token_id + 1: the first rows of their table are never used
     # (MPNet does so from 2, whatever the pad token)
     needed = spec.max_length + (max(spec.pad_token_id, 1) + 1 if kind.model_type in OFFSET_POSITIONS else 0)
@@ -188,7 +202,7 @@ def _start(
         config = _read_config(options["config"])
         return type(config), config.to_dict()
     own = None if teacher is None else teacher.config.get("model_type")
-    model_type = options.get("model_type", own or ("gpt2" if task == "causal-lm" else "bert"))
+    model_type = options.get("model_type", own or _USUAL.get(task, "bert"))
     if model_type not in CONFIG_MAPPING_NAMES:
         near = suggest(str(model_type), CONFIG_MAPPING_NAMES)
         raise StudentError(f"transformers knows no model_type '{model_type}'.{near}")
@@ -233,6 +247,18 @@ def _small(kind: type[PreTrainedConfig], spec: StudentSpec, chosen: dict[str, An
         "type_vocab_size": _token_types(spec),
     }
     return {name: size for name, size in sizes.items() if name in known}
+
+
+def _writing(kind: type[PreTrainedConfig], spec: StudentSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the decoder begins and ends with, and its sizes where only the encoder's are said."""
+    ids = {"decoder_start_token_id": spec.decoder_start, "eos_token_id": spec.teacher_config.get("eos_token_id")}
+    own = {field.name for field in dataclasses.fields(kind)}
+    sizes = {
+        decoder: settings[encoder]
+        for encoder, decoder in DECODER_SIZES.items()
+        if decoder in own and encoder in settings and decoder not in settings
+    }
+    return ids | ({"forced_eos_token_id": None} if "forced_eos_token_id" in own else {}) | sizes
 
 
 def _token_types(spec: StudentSpec) -> int:
