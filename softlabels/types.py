@@ -11,7 +11,7 @@ Nothing heavy is imported here, so that the light paths of the command line stay
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from softlabels.errors import CacheError
@@ -120,7 +120,7 @@ class TokenBatch:
     def each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         """The batch with every tensor of it changed so."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenBatch(**{name: value if value is None else change(value) for name, value in tensors.items()})
+        return replace(self, **{name: change(value) for name, value in tensors.items() if value is not None})
 
     def to(self, device) -> TokenBatch:
         """The same batch on another device."""

@@ -57,9 +57,8 @@ def model_of(kind: str, size: int) -> PreTrainedModel:
     ids: dict[str, Any] = {"vocab_size": size, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     torch.manual_seed(0)
     if kind == "t5":
-        return T5ForConditionalGeneration(
-            T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **ids)
-        )
+        ids["decoder_start_token_id"] = 0
+        return T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **ids))
     if kind == "mbart":  # its decoder begins with the last token of the target, which is the language
         return MBartForConditionalGeneration(MBartConfig(**ids, **_BART))
     model = BartForConditionalGeneration(BartConfig(decoder_start_token_id=3, forced_eos_token_id=3, **ids, **_BART))

@@ -402,7 +402,7 @@ def examples_schema(
     labels: pa.DataType | None = None,
     targets: bool = False,
 ) -> pa.Schema:
-    """The Arrow schema of an `examples` shard; `labels` as `labels_type` gives it, `targets`: rows have a target text."""
+    """The Arrow schema of an `examples` shard; `labels` as `labels_type` gives it, `targets`: rows have one."""
     columns = {"id": pa.string(), "token_hash": pa.uint64()}
     columns["input_ids"] = _list_type(pa.from_numpy_dtype(id_type(vocab_size)))
     if token_types:

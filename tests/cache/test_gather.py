@@ -142,8 +142,8 @@ def test_buffers_used_again_leak_nothing_into_padding(cache: Cache, split_cache:
 def test_memory_first_used_in_inference_mode_can_be_used_outside(cache: Cache) -> None:
     out = Buffers()
     with torch.inference_mode():
-        cache.batch([0, 1], FIELDS, out=out)
-    found, wanted = cache.batch([0, 2], FIELDS, out=out), cache.batch([0, 2], FIELDS)
+        cache.batch([0, 1], list(FIELDS), out=out)
+    found, wanted = cache.batch([0, 2], list(FIELDS), out=out), cache.batch([0, 2], list(FIELDS))
     assert all(torch.equal(found.teacher.get(name), wanted.teacher.get(name)) for name in FIELDS)
 
 
