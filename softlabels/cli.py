@@ -49,7 +49,9 @@ Text = Annotated[
         "--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs; or with the image"
     ),
 ]
-Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label")]
+Label = Annotated[
+    str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label; or with the target text")
+]
 Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
 Json = Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
@@ -240,8 +242,8 @@ def dump_command(
         str | None,
         typer.Option(
             help="what the teacher was made for: sequence-classification, multi-label-classification, regression, "
-            "token-classification, masked-lm, causal-lm, sentence-embedding or image-classification; by default what "
-            "its config.json says"
+            "token-classification, masked-lm, causal-lm, seq2seq-lm, sentence-embedding or image-classification; by "
+            "default what its config.json says"
         ),
     ] = None,
     maskings: Annotated[int | None, typer.Option(min=1, help="of masked-lm: how often each text is masked")] = None,
@@ -492,8 +494,8 @@ def plan_command(
     Bytes are those of the whole corpus. Time is of the forward pass on this machine, three batches of it, with the
     captures and without (a bare model over the same batches); writing goes on behind it. When has the cache paid for
     itself? Without it every student of E epochs (--epochs) costs E teacher passes of F seconds, with it all students
-    together cost the dump's one of D: after D / F epochs, or D / (E * F) students, rounded up. Nothing is refused for
-    want of disk: it is told.
+    together cost the dump's one of D: after D / F epochs, or D / (E * F) students, rounded up; every one after that
+    saves E * F. Nothing is refused for want of disk: it is told.
     """
     from softlabels.config import DumpOptions, build_options
 
@@ -548,13 +550,18 @@ def _plan_table(plan) -> str:
         "bare forward": f"{speed.rows_per_second:,.1f} rows/s, {_duration(speed.seconds)} ({speed.device})",
         "with captures": f"{speed.rows_per_second_captured:,.1f} rows/s, {_duration(speed.seconds_captured)}",
     }
+    if speed.rows_opened_per_second is not None:
+        facts["images opened"] = (
+            f"{speed.rows_opened_per_second:,.1f} rows/s, ahead of the teacher, which waits for them"
+        )
     if plan.maps is not None:
         layers = ", ".join(map(str, plan.maps.layers))
         facts["Q and K"] = f"{way(plan.maps.query_key_bytes)} for layer {layers}"
         facts["attention maps"] = f"{way(plan.maps.map_bytes)} for the same"
     facts["disk"] = f"{_size(disk.free_bytes)} free at {disk.place}" + ("" if disk.fits else ": IT DOES NOT FIT")
     facts["paid for itself"] = (
-        f"after {pay.epochs} epoch(s) of any students, or {pay.students} student(s) of {pay.epochs_each} epochs"
+        f"after {pay.epochs} epoch(s) of any students, or {pay.students} student(s) of {pay.epochs_each} epochs, each "
+        f"of which would keep the teacher busy for {_duration(pay.seconds_each)}"
     )
     sizes = [[name, _size(size), _size(size / plan.rows)] for name, size in plan.fields.items()]
     sizes.append(["in all", _size(plan.bytes), _size(plan.bytes / plan.rows)])
@@ -654,7 +661,8 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
-    "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200"
+    "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200   |   "
+    "softlabels verify cache --live ./vit --corpus images.csv"
 )
 def verify(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
@@ -675,6 +683,14 @@ def verify(
             help="instead: run the cache's teacher (a folder or a Hugging Face name) again on some rows, in other "
             "batches than the dump's, and hold every field against it",
         ),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="CORPUS", help="of --live: the images that were dumped, for a cache of images holds none"),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="of --corpus: which split(s), joined by +, as for dump")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="of --corpus: the column with the image")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="of --live: so many random rows; by default 200")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of --live: another one draws other rows")] = None,
@@ -697,13 +713,14 @@ def verify(
             live,
             rows=200 if rows is None else rows,
             seed=seed or 0,
+            corpus=None if corpus is None else _read_images(corpus, split, text),
             fields=field or None,
             trust_remote_code=trust_remote_code,
             cpu=cpu,
             as_json=as_json,
         )
         return
-    for option, given in (("--rows", rows), ("--seed", seed)):
+    for option, given in (("--rows", rows), ("--seed", seed), ("--corpus", corpus)):
         if given is not None:
             raise ConfigError(f"{option} is for verify --live TEACHER: without it, every row is looked at")
     from softlabels.cache.verify import verify_cache
@@ -717,12 +734,20 @@ def verify(
         raise typer.Exit(2)
 
 
+def _read_images(corpus: str, split: str | None, column: str | None) -> Corpus:
+    from softlabels.corpus import read_corpus
+    from softlabels.types import IMAGES
+
+    return read_corpus(corpus, split=split, text=column, task=IMAGES)
+
+
 def _verify_live(
     cache: Path,
     teacher: str,
     *,
     rows: int,
     seed: int,
+    corpus: Corpus | None,
     fields: list[str] | None,
     trust_remote_code: bool,
     cpu: bool,
@@ -738,6 +763,7 @@ def _verify_live(
         fields=fields,
         device="cpu" if cpu else None,
         trust_remote_code=trust_remote_code,
+        corpus=corpus,
     )
     if as_json:
         _print_json({**asdict(found), "within": found.within})

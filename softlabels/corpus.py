@@ -31,7 +31,7 @@ import xxhash
 from softlabels.errors import CorpusError
 from softlabels.images import find_class_folders, image_fault, need_pillow
 from softlabels.labels import READ_LABELS, read_words
-from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, Example, Label, Task
+from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, Example, Label, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +47,8 @@ TEXT_COLUMNS = (  # pairs first: a question's `sentence` is half of a pair, not 
     ("sentence",),
 )
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+SOURCE_COLUMNS = ("text", "source", "document", "article", "dialogue", "input")  # of what has a target text
+TARGET_COLUMNS = ("target", "summary", "highlights", "output", "labels")
 SPLIT_NAMES = {  # as found -> as the command line and the ids have it
     **{name: "dev" for name in ("dev", "validation", "valid", "val")},
     **{name: "unlabeled" for name in ("unlabeled", "unlabelled", "unsupervised")},
@@ -73,11 +75,12 @@ class Corpus:
 
     @cached_property
     def hash(self) -> str:
-        """xxh3-128 (hex) over every row's id, text, text_b and label, in order."""
+        """xxh3-128 (hex) over every row's id, text, text_b and label, words or target, in order."""
         hasher = xxhash.xxh3_128()
         for row in self.examples:
             # as JSON, no two rows look alike: None is not "None", and 1 is not "1"
-            parts = [row.id, row.text, row.text_b, row.label, *([] if row.words is None else [row.words])]
+            more = [part for part in (row.words, row.target) if part is not None]
+            parts = [row.id, row.text, row.text_b, row.label, *more]
             hasher.update(json.dumps(parts, ensure_ascii=False).encode())
         return hasher.hexdigest()
 
@@ -100,8 +103,9 @@ def read_corpus(
 
     `task` says what a label is: a class; several classes, as a list or joined by commas (multi-label); a number or a
     list of them (regression); a tag for each of the words in `tokens`, both lists or joined by spaces (token
-    classification); nothing that is looked for (language and embedding models). Of image-classification a row is the
-    path of an image, from the corpus's folder, in `image`, `path` or `file`; a folder of a folder a class does too.
+    classification); nothing that is looked for (language and embedding models). Of seq2seq-lm `label` is the column of
+    the target text. Of image-classification a row is the path of an image, from the corpus's folder, in `image`, `path`
+    or `file`; a folder of a folder a class does too.
     """
     source = os.fspath(source)
     if rows is not None and rows < 1:
@@ -122,13 +126,14 @@ def read_corpus(
         labels = _unify_labels(labels, source)
     words = (each for part in found for each in part.words)
     images = (each for part in found for each in part.images)
+    targets = (each for part in found for each in part.targets)
     texts = (text for part in found for text in part.texts)
     seconds = (second for part in found for second in part.seconds)
     return Corpus(
         source=source,
         split=None if parts[0].split is None else "+".join(str(part.split) for part in parts),
         # `labels` may be the shortest: the first `rows`
-        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, words, images, strict=False)],
+        examples=[Example(*row) for row in zip(ids, texts, seconds, labels, words, images, targets, strict=False)],
         label_names=None if task == "regression" else _label_names(labels, class_names),
     )
 
@@ -227,6 +232,7 @@ class _Part:
     class_names: list[str] | None
     words: list[tuple[str, ...] | None]
     images: list[str | None]
+    targets: list[str | None]
 
 
 def _read_part(table: Table, *, text: str | None, label: str | None, task: Task) -> _Part:
@@ -240,6 +246,14 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
     elif task == IMAGES:
         text_columns = [_choose_images(table, text)]
         label_column = _choose_label(table, label, taken=text_columns)
+    elif task == SEQ2SEQ:
+        text_columns = [_choose_one(table, text, SOURCE_COLUMNS, "--text", "texts")]
+        target_column = _choose_one(table, label, TARGET_COLUMNS, "--label", "the target texts")
+        if target_column in text_columns:
+            raise CorpusError(
+                f"--label {target_column}: that is the text already: name the column with the target texts"
+            )
+        label_column = None
     else:
         text_columns = _choose_text(table, text)
         labelled = task not in (*LANGUAGE_MODELS, "sentence-embedding")
@@ -257,6 +271,10 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
         columns = [[" ".join(each or ()) for each in words]]
     named = ids if id_column else None
     _check_texts(table, text_columns, columns, named, what="image" if task == IMAGES else "text")
+    targets: list[str | None] = [None] * table.rows
+    if task == SEQ2SEQ:
+        targets = table.column(target_column)
+        _check_texts(table, [target_column], [targets], named, what="target text")
     images: list[str | None] = [None] * table.rows
     if task == IMAGES:
         images = [str(table.folder / path) for path in columns[0]]
@@ -274,7 +292,7 @@ def _read_part(table: Table, *, text: str | None, label: str | None, task: Task)
     else:
         labels = [_clean_label(value, table, row, names=class_names) for row, value in enumerate(values)]
     seconds = columns[1] if len(columns) == 2 else [None] * table.rows
-    return _Part(ids, columns[0], seconds, labels, class_names, words, images)
+    return _Part(ids, columns[0], seconds, labels, class_names, words, images, targets)
 
 
 def _find_column(table: Table, wanted: str) -> str | None:
@@ -332,15 +350,20 @@ def _choose_text(table: Table, text: str | None) -> list[str]:
 def _choose_images(table: Table, text: str | None) -> str:
     """The column that holds paths of images."""
     need_pillow()
-    if text is not None:
-        return _need_column(table, text, "--text")
-    found = [column for name in IMAGE_COLUMNS if (column := _find_column(table, name)) is not None]
+    return _choose_one(table, text, IMAGE_COLUMNS, "--text", "the paths of images")
+
+
+def _choose_one(table: Table, wanted: str | None, usual: Sequence[str], option: str, what: str) -> str:
+    """The column `wanted`, which the user named with `option`, or the one of a usual name."""
+    if wanted is not None:
+        return _need_column(table, wanted, option)
+    found = [column for name in usual if (column := _find_column(table, name)) is not None]
     if len(found) > 1:
-        raise CorpusError(f"{table.where} could mean {' or '.join(found)}: name the images' column with --text")
+        raise CorpusError(f"{table.where} could mean {' or '.join(found)}: name the column with {what} by {option}")
     if not found:
         raise CorpusError(
-            f"{table.where} has no {', '.join(IMAGE_COLUMNS)}, a column with the paths of images; it has "
-            f"{_some(table.names, 'column')}. Name it with --text"
+            f"{table.where} has no {', '.join(usual)}, a column with {what}; it has "
+            f"{_some(table.names, 'column')}. Name it with {option}"
         )
     return found[0]
 

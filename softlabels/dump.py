@@ -85,48 +85,35 @@ def dump(
     requests = choose_captures(requests, loaded.task)
     if loaded.task == IMAGES and options.max_length is not None:
         raise ConfigError("--max-length: images have no length to be cut to")
-    if loaded.task == IMAGES and devices:
-        raise ConfigError("--devices: images are dumped by one process so far; leave it out")
     masking = _masking(loaded, options)
     if masking is not None:
         corpus = mask_often(corpus, masking)
     labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
-    first = _first_to_try(corpus)
-    probe: TokenBatch | ImageBatch
-    if loaded.task == IMAGES:
-        images = ImageReader(loaded.processor, loaded.model, first=corpus.examples[0])
-        max_length, probe, vocab_size = images.length, images.probe, 0
-    else:
-        images, vocab_size = None, len(loaded.tokenizer)
-        max_length = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
-        probe = _probe(first, loaded, options, max_length=max_length)
-    run = prepare(loaded.model, requests, probe, vocab_size=vocab_size)
+    first = corpus.examples[0] if loaded.task == IMAGES else _first_to_try(corpus)
+    way = _open_way(loaded, first, options)
+    run = prepare(loaded.model, requests, way.probe, vocab_size=way.vocab_size)
     with at_precision(loaded, options.dtype):
-        fields = run.fields(probe, codec=options.codec)
-        if images is not None:
-            check_sequence(fields, run.take(probe), length=images.length)
-        manifest = _plan(corpus, loaded, options, fields=fields, max_length=max_length, labels=labels, masking=masking)
-        head = _head(loaded, run, probe)
+        fields = run.fields(way.probe, codec=options.codec)
+        if way.images is not None:
+            check_sequence(fields, run.take(way.probe), length=way.images.length)
+        manifest = _plan(
+            corpus, loaded, options, fields=fields, max_length=way.max_length, labels=labels, masking=masking
+        )
+        head = _head(loaded, run, way.probe)
         with build_cache(out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
                 earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))
-                run = prepare(loaded.model, requests + earlier, probe, vocab_size=vocab_size)
+                run = prepare(loaded.model, requests + earlier, way.probe, vocab_size=way.vocab_size)
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
                 if devices and missing:
-                    again = _Again(
-                        teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options, max_length
-                    )
+                    again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
                     outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
                 else:
-                    steps = (
-                        _steps(loaded, run, options, max_length=max_length)
-                        if images is None
-                        else _image_steps(loaded, run, images)
-                    )
+                    steps = _steps(loaded, run, options, way)
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
     return DumpReport(
@@ -150,6 +137,25 @@ def _first_to_try(corpus: Corpus) -> Example:
     return replace(chosen, label=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How rows reach a teacher."""
+
+    probe: TokenBatch | ImageBatch  # a row on its device
+    max_length: int
+    vocab_size: int
+    images: ImageReader | None
+
+
+def _open_way(teacher: Teacher, row: Example, options: DumpOptions) -> _Way:
+    """The same for every process, from a `row` to try it on."""
+    if teacher.task == IMAGES:
+        images = ImageReader(teacher.processor, teacher.model, first=row)
+        return _Way(images.probe, images.length, 0, images)
+    max_length = resolve_max_length(options.max_length, teacher.tokenizer, teacher.model.config)
+    return _Way(_probe(row, teacher, options, max_length=max_length), max_length, len(teacher.tokenizer), None)
+
+
 def _probe(row: Example, teacher: Teacher, options: DumpOptions, *, max_length: int) -> TokenBatch:
     labels = encode_task_labels(teacher.task, [row], teacher.label_names)
     tokens = tokenize_task(
@@ -159,6 +165,7 @@ def _probe(row: Example, teacher: Teacher, options: DumpOptions, *, max_length: 
         max_length=max_length,
         labels=labels,
         masking=_masking(teacher, options),
+        model=teacher.model,
     )
     return _batch(teacher, tokens.examples)
 
@@ -189,32 +196,42 @@ def _masking(teacher: Teacher, options: DumpOptions) -> Masking | None:
     return options.masking if teacher.task == "masked-lm" else None
 
 
-def _steps(teacher: Teacher, run: TeacherRun, options: DumpOptions, *, max_length: int) -> Steps:
+def _steps(teacher: Teacher, run: TeacherRun, options: DumpOptions, way: _Way) -> Steps:
     """What the engine does with a shard: the task's part of it."""
+    take = _compiled(run) if options.compile else run.take
+    if (images := way.images) is not None:
+        return Steps(
+            tokenize=lambda task: images.tokenize(task.examples, task.labels.classes),
+            pad=images.batch,
+            take=take,
+            device=teacher.model.device,
+            expect=images.expect,
+        )
     pad_token_id = _pad_id(teacher)  # asked for here: a thread of its own uses the tokenizer then
     return Steps(
         tokenize=lambda task: tokenize_task(
             teacher.task,
             teacher.tokenizer,
             task.examples,
-            max_length=max_length,
+            max_length=way.max_length,
             labels=task.labels,
             masking=_masking(teacher, options),
+            model=teacher.model,
         ),
         pad=lambda examples: pad_batch(examples, pad_token_id=pad_token_id),
-        take=_compiled(run) if options.compile else run.take,
+        take=take,
         device=teacher.model.device,
     )
 
 
-def _compiled(run: TeacherRun) -> Callable[[TokenBatch], dict[str, torch.Tensor]]:
+def _compiled(run: TeacherRun) -> Callable[[TokenBatch | ImageBatch], dict[str, torch.Tensor]]:
     """`run.take` through torch.compile, for any number of rows and tokens; TeacherError where it can't be compiled."""
     from torch._dynamo.exc import TorchDynamoException
 
     model: Any = torch.compile(run.model, dynamic=True)
     compiled = replace(run, model=model)
 
-    def take(batch: TokenBatch) -> dict[str, torch.Tensor]:
+    def take(batch: TokenBatch | ImageBatch) -> dict[str, torch.Tensor]:
         try:
             return compiled.take(batch)
         except TorchDynamoException as error:
@@ -234,9 +251,8 @@ class _Again:
     trust_remote_code: bool
     weights_hash: str
     requests: list[Request]
-    probe: Example
+    first: Example  # to try it on
     options: DumpOptions
-    max_length: int
 
     @contextmanager
     def __call__(self, device: str) -> Iterator[Steps]:
@@ -245,20 +261,10 @@ class _Again:
         )
         if loaded.weights_hash != self.weights_hash:
             raise TeacherError(f"the teacher {self.teacher} was changed while the dump began: give the command again")
-        probe = _probe(self.probe, loaded, self.options, max_length=self.max_length)
-        run = prepare(loaded.model, self.requests, probe, vocab_size=len(loaded.tokenizer))
+        way = _open_way(loaded, self.first, self.options)
+        run = prepare(loaded.model, self.requests, way.probe, vocab_size=way.vocab_size)
         with at_precision(loaded, self.options.dtype):
-            yield _steps(loaded, run, self.options, max_length=self.max_length)
-
-
-def _image_steps(teacher: Teacher, run: TeacherRun, images: ImageReader) -> Steps:
-    return Steps(
-        tokenize=lambda task: images.tokenize(task.examples, task.labels.classes),
-        pad=images.batch,
-        take=run.take,
-        device=teacher.model.device,
-        expect=images.expect,
-    )
+            yield _steps(loaded, run, self.options, way)
 
 
 def _batch(teacher: Teacher, examples: Sequence[TokenizedExample]) -> TokenBatch:

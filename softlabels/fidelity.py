@@ -1,8 +1,9 @@
 """A finished cache and its teacher come in; how far the cache is from the teacher goes out, field by field.
 
-The teacher is run again on rows of the cache, from the tokens that the cache holds, in batches of other rows and other
-sizes than the dump's. Batches show in what a teacher gives by rounding, so it is run twice, in two batchings: what
-lies between the two is the noise, and what lies between cache and teacher is judged by it.
+The teacher is run again on rows of the cache, from the tokens that the cache holds (of images from the files of the
+corpus, whose pixels must hash to what the cache has), in batches of other rows and other sizes than the dump's. Batches
+show in what a teacher gives by rounding, so it is run twice, in two batchings: what lies between the two is the noise,
+and what lies between cache and teacher is judged by it.
 
 **The rule.** A field is within its bounds where no value is farther from the live one than
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,15 @@ from softlabels.cache.vocab_packed import Packing
 from softlabels.cache.vocab_rounding import packed_rounding, plain_rounding
 from softlabels.cache.vocab_tail import against_top
 from softlabels.captures import TeacherRun, parse_captures, prepare
-from softlabels.errors import CacheError, TeacherError
+from softlabels.corpus import Corpus
+from softlabels.errors import CacheError, ConfigError, CorpusError, TeacherError
+from softlabels.pixels import ImageReader
 from softlabels.pretrained import hash_weights, resolve_pretrained
 from softlabels.progress import progress
 from softlabels.teacher import Teacher, at_precision, load_teacher
+from softlabels.tokens import token_hash
 from softlabels.truncated import TruncatedLogits, truncate
-from softlabels.types import IMAGES, MASKED, TokenBatch
+from softlabels.types import IMAGES, MASKED, ImageBatch, TokenBatch
 
 _NOISE, _FLOOR = 4.0, 2.0**-17  # of the rule
 _LARGEST_BATCH = {"first": 8, "second": 5}  # rows
@@ -101,24 +105,34 @@ def verify_live(
     fields: Sequence[str] | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    corpus: Corpus | None = None,
 ) -> Fidelity:
     """Hold `rows` random rows of the cache at `path` against `teacher`, all of its fields or those of `fields`.
 
-    CacheError where the cache is unfinished, damaged or lacks a field; TeacherError where `teacher` is another one than
-    that of the manifest, by the hash of its weights.
+    A cache of images needs the `corpus` too, for it holds no pixels. CacheError where the cache is unfinished, damaged
+    or lacks a field; TeacherError where `teacher` is another one than that of the manifest, by the hash of its weights;
+    CorpusError where an image is not the one that was dumped.
     """
     started = time.monotonic()
     cache = open_cache(path)
     cache.require(fields or [], why="--field")
-    if cache.manifest.teacher.task == IMAGES:
-        raise CacheError(f"cache {path} is of images, whose pixels it does not hold: verify --live is for texts so far")
+    if cache.manifest.teacher.task == IMAGES and corpus is None:
+        raise CacheError(
+            f"cache {path} is of images, and holds no pixels: give the corpus that was dumped with --corpus"
+        )
+    if cache.manifest.teacher.task != IMAGES and corpus is not None:
+        raise ConfigError(f"--corpus is for caches of images: cache {path} holds the tokens that its teacher read")
     chosen = sorted(fields or cache.fields)
     if not chosen:
         raise CacheError(f"cache {path} holds no field that a teacher could be held against")
     live = _load(cache, teacher, device=device, trust_remote_code=trust_remote_code)
     rng = np.random.default_rng(seed)
     numbers = rng.choice(cache.rows, size=min(rows, cache.rows), replace=False)
-    work = _Comparison(cache, live, chosen, probe=_probe(cache, numbers))
+    if corpus is not None:
+        images = _Images(cache, live, corpus, numbers)
+        work = _Comparison(cache, live, chosen, read=images.batch, probe=images.reader.probe)
+    else:
+        work = _Comparison(cache, live, chosen, read=cache.tokens, probe=_probe(cache, numbers))
     with (
         progress(len(numbers), description="verify") as update,
         torch.inference_mode(),
@@ -157,6 +171,36 @@ def _probe(cache: Cache, rows: np.ndarray) -> TokenBatch:
     return cache.tokens(rows[[chosen]])
 
 
+class _Images:
+    """The images of a corpus by the row numbers of a cache; CorpusError where some of `rows` are not in it."""
+
+    def __init__(self, cache: Cache, teacher: Teacher, corpus: Corpus, rows: np.ndarray) -> None:
+        self.cache, self.corpus = cache, corpus
+        found = {example.id: example for example in corpus.examples}
+        ids = cache.ids
+        missing = [ids[row] for row in rows.tolist() if ids[row] not in found or found[ids[row]].image is None]
+        if missing:
+            raise CorpusError(
+                f"corpus {corpus.source} has no image for {len(missing)} of {len(rows)} rows of cache {cache.path}, "
+                f"such as '{missing[0]}': give the corpus that was dumped, with the same --split"
+            )
+        self.examples = {row: found[ids[row]] for row in rows.tolist()}
+        self.reader = ImageReader(teacher.processor, teacher.model, first=self.examples[int(rows[0])])
+
+    def batch(self, rows: np.ndarray) -> ImageBatch:
+        """The pixels of `rows`; CorpusError where they are not those that were dumped."""
+        examples = [self.examples[row] for row in rows.tolist()]
+        images = self.reader.tokenize(examples, self.cache.labels[rows].tolist()).examples
+        batch = self.reader.batch(images)
+        for image, example, wanted in zip(images, examples, self.cache.token_hashes[rows].tolist(), strict=True):
+            if token_hash(image) != wanted:
+                raise CorpusError(
+                    f"row '{example.id}': {example.image} is not the image that was dumped into {self.cache.path}, or "
+                    f"another version of Pillow opens it in another way: its pixels have another hash"
+                )
+        return batch
+
+
 def _chunks(cache: Cache, rows: np.ndarray, fields: Sequence[str]) -> Iterator[np.ndarray]:
     """Rows that are compared at a time: as many as memory has room for, but two at least where there are."""
     targets = cache.targets[rows] if cache.targets is not None else None
@@ -191,8 +235,16 @@ class _Quantity:
 class _Comparison:
     """The rows of a cache against its teacher."""
 
-    def __init__(self, cache: Cache, teacher: Teacher, fields: Sequence[str], *, probe: TokenBatch) -> None:
-        self.cache, self.device = cache, teacher.model.device
+    def __init__(
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        fields: Sequence[str],
+        *,
+        read: Callable[[np.ndarray], TokenBatch | ImageBatch],
+        probe: TokenBatch | ImageBatch,
+    ) -> None:
+        self.cache, self.device, self.read = cache, teacher.model.device, read
         self.fields = [name for name in fields if cache.fields[name].type not in WHOLE and not _of_topk(name)]
         asked = any(name.startswith("vocab_") for name in fields)
         self.vocabs = [vocab for vocab in open_vocabs(cache) if asked and set(vocab.fields) & set(fields)]
@@ -222,7 +274,10 @@ class _Comparison:
     def _live(self, rows: np.ndarray, rng: np.random.Generator, *, largest: int) -> dict[int, dict[str, Tensor]]:
         """By row what the teacher gives, in batches of random neighbours and sizes, no larger than the dump's."""
         order, found = rng.permutation(rows), {}
-        room = max(1, self.cache.manifest.dump.batch_tokens // int(self.cache.lengths[rows].max()))
+        longest = self.cache.lengths[rows].max()
+        if self.cache.targets is not None:
+            longest = max(longest, self.cache.targets[rows].max())  # of a decoder, which may write more than is read
+        room = max(1, self.cache.manifest.dump.batch_tokens // int(longest))
         while len(order):
             size = int(rng.integers(1, min(largest, room) + 1))
             batch, order = order[:size], order[size:]
@@ -232,7 +287,7 @@ class _Comparison:
 
     def _run(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
         """Of each row the values of `fields` without padding, and its logits over the vocabulary."""
-        forward = self.run.forward(self.cache.tokens(rows).to(self.device))
+        forward = self.run.forward(self.read(rows).to(self.device))
         values = self.taken.values(forward)
         lengths = self.cache.lengths[rows].tolist()
         targets = self.cache.targets[rows].tolist() if self.cache.targets is not None else [0] * len(rows)

@@ -1,7 +1,8 @@
 """A language model's student and a corpus come in; its perplexity, and how near it is to its teacher, go out.
 
-Both are measured at the targets: the next tokens of a causal model, the masked ones of a masked model (whose figure is
-often called pseudo-perplexity). The teacher's side comes from a cache of the same corpus.
+Both are measured at the targets: the next tokens of a causal model, those of the target text of an encoder-decoder
+model, the masked ones of a masked model (whose figure is often called pseudo-perplexity). The teacher's side comes from
+a cache of the same corpus.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from softlabels.cache import Cache
 from softlabels.cache.vocab import VocabTeacher, open_vocab
@@ -26,8 +28,8 @@ from softlabels.errors import CacheError, CorpusError, StudentError
 from softlabels.losses import vocab as losses
 from softlabels.runs import Run, load_run
 from softlabels.students import student_inputs
-from softlabels.tasks import TaskLabels, mask_often, tokenize_task
-from softlabels.tokens import batches_by_length, pad_batch, token_hash
+from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
+from softlabels.tokens import batches_by_length, count_tokens, pad_batch, token_hash
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, TokenizedExample
 
@@ -79,10 +81,11 @@ def evaluate_language_model(run: Path, corpus: Corpus, *, cache: Cache | None = 
     places = _places(rows, cache, corpus) if cache is not None else None
     vocab = None if cache is None else open_vocab(cache)
     sums = _Sums()
-    for numbers in batches_by_length([len(row.input_ids) for row in rows], batch_tokens=_BATCH_TOKENS):
+    for numbers in batches_by_length([count_tokens(row) for row in rows], batch_tokens=_BATCH_TOKENS):
         _score(student, [rows[number] for number in numbers], sums)
     if cache is not None and vocab is not None and places is not None:
-        for numbers in batches_by_length(cache.lengths[places].astype(np.int64), batch_tokens=_BATCH_TOKENS):
+        lengths = np.maximum(cache.lengths, cache.targets if cache.targets is not None else 0)[places]
+        for numbers in batches_by_length(lengths, batch_tokens=_BATCH_TOKENS):
             _compare(student, cache, vocab, places[numbers], sums)
     if not sums.targets:
         raise CorpusError(f"corpus {corpus.source} has no token to predict: give longer texts")
@@ -115,14 +118,15 @@ def _tokenize(student: Run, corpus: Corpus, masking: Masking) -> list[TokenizedE
     task = student.record.task
     if task == "masked-lm":
         corpus = mask_often(corpus, masking)
-    assert student.tokenizer is not None
+    assert student.tokenizer is not None and isinstance(student.student, PreTrainedModel)
     return tokenize_task(
         task,
         student.tokenizer,
         corpus.examples,
         max_length=student.record.max_length,
-        labels=TaskLabels([NO_LABEL] * len(corpus.examples)),
+        labels=encode_task_labels(task, corpus.examples, []),
         masking=masking,
+        model=student.student,
     ).examples
 
 

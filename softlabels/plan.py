@@ -10,8 +10,10 @@ teacher is timed on three batches, whatever the sample.
 
 **After how many students a cache has paid for itself.** A teacher pass over the corpus takes F seconds, the dump's with
 its captures D. Without a cache every student of E epochs costs E·F; with it, all students together cost D, and reading
-next to nothing. So the cache has paid after the first D / F epochs, and after ⌈D / (E·F)⌉ students. Of a corpus that is
-masked several times D is a pass over all maskings, F over one.
+next to nothing. So the cache has paid after the first D / F epochs, and after ⌈D / (E·F)⌉ students. D is hardly more
+than F, so that this is one student, unless a corpus is masked several times: then D is a pass over all maskings, F over
+one. What the choice is worth is therefore told too: E·F, the teacher's time that every further student saves. F is that
+of the bare model; a loop that takes hidden states or maps from it pays more.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from softlabels.cache.build import check_rows, teacher_card
+from softlabels.cache.build import check_rows, image_teacher_card, teacher_card
 from softlabels.cache.format import EXAMPLES, FieldSpec
 from softlabels.cache.writer import FieldShard, examples_batch, examples_schema, labels_type
 from softlabels.captures import TeacherRun, parse_captures, prepare
@@ -39,11 +41,12 @@ from softlabels.captures.output_head import keep_head, only_targets
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError, TeacherError
+from softlabels.pixels import ImageReader, check_sequence
 from softlabels.progress import progress
 from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
-from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
-from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, TokenBatch, TokenizedExample
+from softlabels.tokens import batches_by_length, count_row_targets, count_tokens, pad_batch, resolve_max_length
+from softlabels.types import IMAGES, LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, ImageBatch, TokenBatch, TokenizedExample
 
 TEMPERATURES, TOPS = (1.0, 2.0, 4.0, 8.0), (16, 32, 64, 128)
 _TIMED = 3  # batches, at even distances from the longest to the shortest
@@ -59,6 +62,7 @@ class Speed:
     device: str
     rows_per_second: float  # the bare model
     rows_per_second_captured: float  # with the captures; writing goes on behind it
+    rows_opened_per_second: float | None  # images: ahead of the teacher, which waits where this is less; None of texts
     seconds: float
     seconds_captured: float
 
@@ -79,6 +83,7 @@ class Payback:
     epochs: int  # of any students
     students: int
     epochs_each: int  # E
+    seconds_each: float  # E·F: what a student's epochs would cost in teacher time
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +133,18 @@ def plan_dump(
     requests = parse_captures(options.capture)
     check_rows(corpus)
     loaded = load_teacher(teacher, device=device, trust_remote_code=trust_remote_code, task=options.task)
-    if loaded.task == IMAGES:
-        raise ConfigError(
-            "plan is for texts so far: dump a few images with --rows, and `softlabels info` tells the size"
-        )
+    if loaded.task == IMAGES and options.max_length is not None:
+        raise ConfigError("--max-length: images have no length to be cut to")
     requests = choose_captures(requests, loaded.task)
     rows = _sample(corpus, loaded, options, count=sample)
     probe = rows.batch([rows.probe()]).to(loaded.model.device)
+    vocab_size = 0 if loaded.task == IMAGES else len(loaded.tokenizer)
     before = loaded.model.config._attn_implementation
     with torch.inference_mode(), at_precision(loaded, options.dtype):
-        run = prepare(loaded.model, requests, probe, vocab_size=len(loaded.tokenizer))
+        run = prepare(loaded.model, requests, probe, vocab_size=vocab_size)
         specs = run.fields(probe, codec=options.codec)
+        if rows.images is not None:
+            check_sequence(specs, run.take(probe), length=rows.images.length)
         batches = rows.timed(options)  # a budget below a row is told here
         beside = _beside(rows, run, probe, options, fields=1 + len(specs))
         sizes = {EXAMPLES: _examples_size(rows, loaded, options)}
@@ -163,7 +169,12 @@ def plan_dump(
         maps=maps,
         kept_mass=mass,
         disk=_disk(out, total),
-        payback=Payback(epochs=math.ceil(ratio), students=math.ceil(ratio / epochs), epochs_each=epochs),
+        payback=Payback(
+            epochs=math.ceil(ratio),
+            students=math.ceil(ratio / epochs),
+            epochs_each=epochs,
+            seconds_each=epochs * speed.seconds / rows.maskings,
+        ),
     )
 
 
@@ -179,6 +190,7 @@ class _Sample:
     maskings: int
     truncated: int
     pad_token_id: int
+    images: ImageReader | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -193,7 +205,11 @@ class _Sample:
         wordy = np.flatnonzero(self.lengths >= _PROBE_TOKENS)
         return int(wordy[self.lengths[wordy].argmin()] if len(wordy) else self.lengths.argmax())
 
-    def batch(self, numbers: Sequence[int] | np.ndarray) -> TokenBatch:
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> TokenBatch | ImageBatch:
+        if self.images is not None:  # each is opened once, however often it comes
+            once, places = np.unique(np.asarray(numbers), return_inverse=True)
+            opened = self.images.batch([self.examples[number] for number in once])
+            return ImageBatch(opened.pixel_values[places], opened.labels[places])
         return pad_batch([self.examples[number] for number in numbers], pad_token_id=self.pad_token_id)
 
     def shard(self, count: int) -> np.ndarray:
@@ -203,15 +219,18 @@ class _Sample:
     def timed(self, options: DumpOptions) -> list[np.ndarray]:
         """A shard's batches as the dump makes them, in the sample's row numbers."""
         numbers = self.shard(min(options.shard_rows, self.total))
-        parts = batches_by_length(self.lengths[numbers], batch_tokens=options.batch_tokens)
+        counts = np.array([count_tokens(example) for example in self.examples])
+        parts = batches_by_length(counts[numbers], batch_tokens=options.batch_tokens)
         return [numbers[part] for part in parts]
 
 
 def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: int) -> _Sample:
+    if teacher.task == IMAGES:
+        return _image_sample(corpus, teacher, count=count)
     masking = options.masking if teacher.task == "masked-lm" else None
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    sizes = np.array([len(row.text) + len(row.text_b or "") for row in corpus.examples])
+    sizes = np.array([len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples])
     places = (np.arange(min(count, len(sizes))) + 0.5) * len(sizes) / min(count, len(sizes))
     chosen = np.sort(np.argsort(sizes, kind="stable")[places.astype(np.int64)])
     examples = [corpus.examples[number] for number in chosen.tolist()]
@@ -222,6 +241,7 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
         max_length=resolve_max_length(options.max_length, teacher.tokenizer, teacher.model.config),
         labels=encode_task_labels(teacher.task, examples, teacher.label_names),
         masking=masking,
+        model=teacher.model,
     )
     maskings = 1 if masking is None else masking.times
     return _Sample(
@@ -229,7 +249,26 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
     )
 
 
+def _image_sample(corpus: Corpus, teacher: Teacher, *, count: int) -> _Sample:
+    """Rows at even distances: all images are as large, once they are processed."""
+    total = len(corpus.examples)
+    examples = [corpus.examples[number] for number in np.arange(min(count, total)) * total // min(count, total)]
+    images = ImageReader(teacher.processor, teacher.model, first=examples[0])
+    labels = encode_task_labels(teacher.task, examples, teacher.label_names)
+    return _Sample(images.tokenize(examples, labels.classes).examples, total, 1, 0, 0, images)
+
+
 # -------------------------------------------------------------------------------------------------------------- bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Unopened:
+    """What stands for an image where only its row's bytes are asked for."""
+
+    tokens: int = 1
+
+    def hash(self) -> int:
+        return 0
 
 
 def _over_shards(rows: _Sample, options: DumpOptions, size: Callable[[np.ndarray], int]) -> int:
@@ -259,15 +298,25 @@ def _field_size(rows: _Sample, field: str, spec: FieldSpec, options: DumpOptions
 
 
 def _examples_size(rows: _Sample, teacher: Teacher, options: DumpOptions) -> int:
-    card = teacher_card(
-        teacher.tokenizer, name=teacher.name, weights_hash="", label_names=teacher.label_names, task=teacher.task
-    )
+    if rows.images is not None:
+        card = image_teacher_card(name=teacher.name, weights_hash="", label_names=teacher.label_names)
+        examples = [replace(row, content=_Unopened()) for row in rows.examples]
+    else:
+        examples = rows.examples
+        card = teacher_card(
+            teacher.tokenizer, name=teacher.name, weights_hash="", label_names=teacher.label_names, task=teacher.task
+        )
     schema = examples_schema(
-        0, vocab_size=card.vocab_size, token_types=card.token_types, text=options.text, labels=labels_type(card)
+        0,
+        vocab_size=card.vocab_size,
+        token_types=card.token_types,
+        text=options.text and rows.images is None,
+        labels=labels_type(card),
+        targets=card.task == SEQ2SEQ,
     )
 
     def size(numbers: np.ndarray) -> int:
-        batch = examples_batch([rows.examples[number] for number in numbers.tolist()], schema)
+        batch = examples_batch([examples[number] for number in numbers.tolist()], schema)
         counted = pa.MockOutputStream()
         with pa.ipc.new_file(counted, schema) as writer:
             writer.write_batch(batch)
@@ -276,7 +325,9 @@ def _examples_size(rows: _Sample, teacher: Teacher, options: DumpOptions) -> int
     return _over_shards(rows, options, size)
 
 
-def _beside(rows: _Sample, run: TeacherRun, probe: TokenBatch, options: DumpOptions, *, fields: int) -> int:
+def _beside(
+    rows: _Sample, run: TeacherRun, probe: TokenBatch | ImageBatch, options: DumpOptions, *, fields: int
+) -> int:
     """Receipts, the manifest's tables, and the output head that vocab:exact keeps; TeacherError where it can't be."""
     small = math.ceil(rows.total / options.shard_rows) * fields * _RECEIPT
     if all((request.capture, request.form) != ("vocab", "exact") for request in run.requests):
@@ -288,7 +339,7 @@ def _beside(rows: _Sample, run: TeacherRun, probe: TokenBatch, options: DumpOpti
 
 
 def _compare_maps(
-    teacher: Teacher, run: TeacherRun, probe: TokenBatch, rows: _Sample, options: DumpOptions
+    teacher: Teacher, run: TeacherRun, probe: TokenBatch | ImageBatch, rows: _Sample, options: DumpOptions
 ) -> Maps | None:
     """Q and K against maps, for the layers of which either is asked for."""
     layers = run.layers_of("qkv", "attention")
@@ -326,12 +377,14 @@ def _measure(
     """The bare model, then the same batches with the captures; each batch once before it is timed."""
     places = sorted({int((i + 0.5) * len(batches) / _TIMED) for i in range(_TIMED)})
     device = teacher.model.device
+    started = time.perf_counter()
     inputs = [rows.batch(batches[place]).to(device) for place in places]
+    opened = sum(len(np.unique(batches[place])) for place in places) / (time.perf_counter() - started)
     count = sum(len(numbers) for numbers in batches)
 
     with progress(4 * len(inputs), description="plan", unit="batches") as update:
 
-        def seconds(take: Callable[[TokenBatch], object]) -> float:
+        def seconds(take: Callable[[TokenBatch | ImageBatch], object]) -> float:
             spent = 0.0
             for batch, timed in itertools.product(inputs, (False, True)):
                 started = time.perf_counter()
@@ -345,7 +398,14 @@ def _measure(
         bare = count / seconds(lambda batch: teacher.model(**batch.model_inputs()))
         run = prepared()
         captured = count / seconds(run.take)
-    return Speed(str(device), bare, captured, rows.total / bare, rows.total / captured)
+    return Speed(
+        str(device),
+        bare,
+        captured,
+        opened if rows.images is not None else None,
+        rows.total / bare,
+        rows.total / captured,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- mass
@@ -359,6 +419,7 @@ def _kept_mass(teacher: Teacher, rows: _Sample) -> dict[int, dict[float, float]]
     numbers = np.random.default_rng(0).permutation(len(rows.examples))
     for start in range(0, len(numbers), 8):
         batch = rows.batch(numbers[start : start + 8]).to(teacher.model.device)
+        assert isinstance(batch, TokenBatch)
         targets = batch.labels != NO_LABEL
         with only_targets(teacher.model, targets):
             logits = teacher.model(**batch.model_inputs()).logits[:, :size]

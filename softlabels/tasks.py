@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import xxhash
 
 from softlabels.config import Masking
@@ -20,6 +21,7 @@ from softlabels.types import (
     IMAGES,
     LANGUAGE_MODELS,
     NO_LABEL,
+    SEQ2SEQ,
     TASKS,
     VECTOR_LABELS,
     Example,
@@ -29,7 +31,7 @@ from softlabels.types import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # How the classes of transformers end, and the one that loads them. Of two that fit, the first.
 _ENDINGS: tuple[tuple[str, Task], ...] = (
@@ -38,6 +40,10 @@ _ENDINGS: tuple[tuple[str, Task], ...] = (
     ("ForMaskedLM", "masked-lm"),
     ("ForPreTraining", "masked-lm"),
     ("ForCausalLM", "causal-lm"),
+    ("ForConditionalGeneration", SEQ2SEQ),
+    ("T5WithLMHeadModel", SEQ2SEQ),
+    ("MarianMTModel", SEQ2SEQ),
+    ("EncoderDecoderModel", SEQ2SEQ),
     ("ForImageClassification", "image-classification"),
     ("LMHeadModel", "causal-lm"),
     ("Model", "sentence-embedding"),
@@ -49,6 +55,7 @@ AUTO_CLASSES: dict[Task, str] = {
     "token-classification": "AutoModelForTokenClassification",
     "masked-lm": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
+    SEQ2SEQ: "AutoModelForSeq2SeqLM",
     "sentence-embedding": "AutoModel",
     "image-classification": "AutoModelForImageClassification",
 }
@@ -63,7 +70,7 @@ def find_task(config: PretrainedConfig, asked: str | None = None, *, where: obje
         raise ConfigError(f"--task {asked}: there are {', '.join(TASKS)}")
     name = (config.architectures or [""])[0]
     for ending, task in _ENDINGS:
-        if name.endswith(ending):
+        if name.endswith(ending) and (task != SEQ2SEQ or config.is_encoder_decoder):  # others look at images, or listen
             return _by_problem(config) if task == "sequence-classification" else task
     if not name:
         return _by_problem(config)
@@ -114,6 +121,8 @@ def encode_task_labels(task: Task, examples: Sequence[Example], label_names: Seq
     none = [NO_LABEL] * len(examples)
     if task == IMAGES and (missing := [example.id for example in examples if example.image is None]):
         raise CorpusError(f"row '{missing[0]}' has no image, which a teacher for {task} looks at")
+    if task == SEQ2SEQ and (missing := [example.id for example in examples if not example.target]):
+        raise CorpusError(f"row '{missing[0]}' has no target text, which a teacher for {task} is held to")
     if task in ("sequence-classification", IMAGES):
         return TaskLabels(encode_labels(examples, label_names))
     if task in VECTOR_LABELS:
@@ -176,15 +185,17 @@ def tokenize_task(
     max_length: int,
     labels: TaskLabels,
     masking: Masking | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Tokenized:
     """Tokenise `examples`, each at most `max_length` tokens, with the labels that a teacher for `task` has.
 
     Words that have tags are cut at words; a word's tag is that of its first piece. A language model's labels are the
-    tokens themselves: hidden ones as `masking` says, or the next ones.
+    tokens themselves: hidden ones as `masking` says, the next ones, or those of the target text. What stands before
+    that is the `model`'s to say, which only seq2seq-lm needs.
     """
     if task == "token-classification":
         return _tokenize_words(tokenizer, examples, max_length=max_length, tags=labels.tags or [])
-    tokenized = tokenize(tokenizer, examples, max_length=max_length, labels=labels.classes)
+    tokenized = tokenize(tokenizer, examples, max_length=max_length, labels=labels.classes, targets=task == SEQ2SEQ)
     rows = tokenized.examples
     if labels.vectors is not None:
         rows = [replace(row, labels=vector) for row, vector in zip(rows, labels.vectors, strict=True)]
@@ -192,7 +203,34 @@ def tokenize_task(
         rows = [replace(row, labels=np.append(row.input_ids[1:], NO_LABEL).astype(np.int32)) for row in rows]
     elif task == "masked-lm":
         rows = [mask_tokens(row, tokenizer, masking or Masking()) for row in rows]
+    elif task == SEQ2SEQ:
+        assert model is not None
+        rows = [replace(row, decoder_start=_decoder_start(model, row, len(tokenizer))) for row in rows]
     return Tokenized(rows, tokenized.truncated)
+
+
+def _decoder_start(model: PreTrainedModel, row: TokenizedExample, vocab_size: int) -> int:
+    """What the decoder of `model` reads before the labels of `row`: by its own shift, which for mBART is a language.
+
+    CorpusError where the target is empty, TeacherError where the model does not shift by one.
+    """
+    assert row.labels is not None
+    if not len(row.labels):
+        raise CorpusError(f"row '{row.id}': no token comes of its target text '{row.target}'")
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if shift is not None:  # M2M100 and its kin have none: they do it inside
+        try:
+            shifted = shift(labels=torch.from_numpy(row.labels.astype(np.int64))[None])[0].tolist()
+        except (ValueError, TypeError, RuntimeError):  # its config names no start
+            shifted = []
+        start = shifted[0] if shifted and shifted[1:] == row.labels[:-1].tolist() else None
+    if start is None or not 0 <= start < vocab_size:
+        raise TeacherError(
+            f"{type(model).__name__} does not say which token of the tokenizer's its decoder begins with: set "
+            f'"decoder_start_token_id" in its config.json'
+        )
+    return int(start)
 
 
 def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking) -> TokenizedExample:

@@ -6,9 +6,9 @@ through a model together; `pad_batch` makes the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LONGEST_DEFAULT = 512  # tokens; the default limit where a model would take more
+TARGET_FOLLOWS = (-1).to_bytes(
+    4, "little", signed=True
+)  # no token's id: between text and target, where these are hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,12 @@ def tokenize(
     *,
     max_length: int,
     labels: Sequence[int] | None = None,
+    targets: bool = False,
 ) -> Tokenized:
     """Tokenise `examples`, each cut to `max_length` tokens (special ones included), pairs longest first.
 
-    `labels` are class indices (NO_LABEL for none), one an example; without them every row is unlabelled.
+    `labels` are class indices (NO_LABEL for none), one an example; without them every row is unlabelled. With
+    `targets` each target text is tokenised as its language is, cut to as many tokens, and becomes the row's `labels`.
     """
     if not examples:
         return Tokenized([], 0)
@@ -49,11 +54,20 @@ def tokenize(
         [example.text for example in examples], pairs, truncation=True, max_length=max_length, padding=False
     )
     types = encoded.get("token_type_ids")
-    if encoded.encodings is not None:  # a fast tokenizer says itself what it cut
-        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    else:
-        whole = tokenizer([example.text for example in examples], pairs, truncation=False, padding=False)
-        truncated = sum(len(ids) > max_length for ids in whole["input_ids"])
+    cut = _which_were_cut(
+        encoded,
+        lambda: tokenizer([example.text for example in examples], pairs, truncation=False, padding=False),
+        max_length,
+    )
+    wanted: list[np.ndarray | None] = [None] * len(examples)
+    if targets:
+        texts = [example.target or "" for example in examples]
+        written = tokenizer(text_target=texts, truncation=True, max_length=max_length, padding=False)
+        short = _which_were_cut(
+            written, lambda: tokenizer(text_target=texts, truncation=False, padding=False), max_length
+        )
+        cut = [source or target for source, target in zip(cut, short, strict=True)]
+        wanted = [np.asarray(ids, dtype=np.int32) for ids in written["input_ids"]]
     rows = [
         TokenizedExample(
             id=example.id,
@@ -62,23 +76,38 @@ def tokenize(
             label=NO_LABEL if labels is None else labels[i],
             text=example.text,
             text_b=example.text_b,
+            labels=wanted[i],
+            target=example.target,
         )
         for i, example in enumerate(examples)
     ]
-    return Tokenized(rows, truncated)
+    return Tokenized(rows, sum(cut))
+
+
+def _which_were_cut(encoded: Any, whole: Callable[[], Any], max_length: int) -> list[bool]:
+    """Of each row whether it was longer than `max_length`; `whole` tokenises all of them again, uncut."""
+    if encoded.encodings is not None:  # a fast tokenizer says itself what it cut
+        return [bool(encoding.overflowing) for encoding in encoded.encodings]
+    return [len(ids) > max_length for ids in whole()["input_ids"]]
 
 
 def token_hash(example: TokenizedExample) -> int:
-    """xxh3-64 of the token ids (int32, little-endian) and token types (uint8), or of an image's pixels.
-
-    That is the content that rows join by.
-    """
+    """xxh3-64 of a row's content, by which rows join; the cache format says of which bytes of it."""
     if example.content is not None:
         return example.content.hash()
     hasher = xxhash.xxh3_64(example.input_ids.astype("<i4").tobytes())
     if example.token_type_ids is not None:
         hasher.update(example.token_type_ids.tobytes())
+    if example.decoder_start is not None and example.labels is not None:
+        hasher.update(TARGET_FOLLOWS + example.labels.astype("<i4").tobytes())
     return hasher.intdigest()
+
+
+def shift_right(labels: np.ndarray, starts: np.ndarray, *, out: np.ndarray, pad_token_id: int) -> None:
+    """Fill `out` (B, M) with what a decoder reads: `starts` (B,), then `labels` (B, M) but the last, padding padded."""
+    out[:, 0] = starts
+    out[:, 1:] = labels[:, :-1]
+    out[:, 1:][labels[:, :-1] == NO_LABEL] = pad_token_id
 
 
 def count_row_targets(example: TokenizedExample) -> int:
@@ -88,8 +117,13 @@ def count_row_targets(example: TokenizedExample) -> int:
 
 
 def count_tokens(example: TokenizedExample) -> int:
-    """What a row counts for in a batch: its tokens; of an image as many as it has room for, where these are more."""
+    """What a row counts for in a batch: its tokens, or those of its target text where these are more.
+
+    Of an image as many as it has room for, where these are more.
+    """
     tokens = len(example.input_ids)
+    if example.decoder_start is not None:
+        return max(tokens, count_row_targets(example))
     return tokens if example.content is None else max(tokens, example.content.tokens)
 
 
@@ -188,9 +222,19 @@ def pad_batch(examples: Sequence[TokenizedExample], *, pad_token_id: int) -> Tok
         mask[row, :length] = 1
         if types is not None and example.token_type_ids is not None:
             types[row, :length] = example.token_type_ids
-    labels = _pad_labels(examples, longest)
+    if all(example.decoder_start is None for example in examples):
+        labels, decoder = _pad_labels(examples, longest), None
+    else:
+        labels = _pad_labels(examples, max(count_row_targets(example) for example in examples))
+        decoder = torch.empty_like(labels)  # (B, M)
+        starts = np.array([example.decoder_start for example in examples], np.int64)
+        shift_right(labels.numpy(), starts, out=decoder.numpy(), pad_token_id=pad_token_id)
     return TokenBatch(
-        torch.from_numpy(ids), torch.from_numpy(mask), None if types is None else torch.from_numpy(types), labels
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        None if types is None else torch.from_numpy(types),
+        labels,
+        decoder,
     )
 
 
@@ -221,7 +265,7 @@ OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "mpn
 
 
 def _pad_labels(examples: Sequence[TokenizedExample], longest: int) -> torch.Tensor:
-    """(B,) a class, (B, C) numbers, or (B, L) a label a token."""
+    """(B,) a class, (B, C) numbers, or (B, `longest`) a label a token."""
     rows = [example.labels for example in examples if example.labels is not None]
     if not rows:
         return torch.tensor([example.label for example in examples], dtype=torch.int64)

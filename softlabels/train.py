@@ -443,6 +443,7 @@ def _student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
         task=teacher.task,
         mask_token_id=cache.tokenizer().mask_token_id,
         tokenizer=cache.tokenizer,
+        decoder_start=None if cache.decoder_starts is None else int(cache.decoder_starts[0]),
     )
 
 

@@ -1,7 +1,7 @@
 """What travels between the stages, and the legend of shapes.
 
 Legend, used in comments and docstrings everywhere:
-    B  examples in a batch        L  tokens of the longest example in the batch
+    B  examples in a batch        L  tokens of the longest example in the batch, M of its longest target text
     D  width of a hidden state    H  attention heads      K  width of one head
     C  classes                    V  size of the vocabulary
 
@@ -10,7 +10,8 @@ Nothing heavy is imported here, so that the light paths of the command line stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from softlabels.errors import CacheError
@@ -37,12 +38,17 @@ Task = Literal[
     "token-classification",
     "masked-lm",
     "causal-lm",
+    "seq2seq-lm",
     "sentence-embedding",
     "image-classification",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
-LANGUAGE_MODELS = ("masked-lm", "causal-lm")
-TOKEN_LABELS = ("token-classification", *LANGUAGE_MODELS)  # tasks with a label a token
+SEQ2SEQ: Task = "seq2seq-lm"  # the task whose rows have a target text, which an encoder-decoder model is to write
+LANGUAGE_MODELS = ("masked-lm", "causal-lm", SEQ2SEQ)
+TOKEN_LABELS = (
+    "token-classification",
+    *LANGUAGE_MODELS,
+)  # tasks with a label a token: of the target, where there is one
 VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
 IMAGES: Task = "image-classification"  # the task whose rows are image files, and not texts
 
@@ -62,6 +68,7 @@ class Example:
     label: Label = None
     words: tuple[str, ...] | None = None  # the text as words that have tags; `text` joins them by spaces
     image: str | None = None  # the file with the image that the row is; `text` is what the corpus calls it
+    target: str | None = None  # what an encoder-decoder model is to make of the text
 
 
 class Content(Protocol):
@@ -83,8 +90,12 @@ class TokenizedExample:
     label: int  # class index, or NO_LABEL
     text: str
     text_b: str | None
-    labels: np.ndarray | None = None  # (L,) int32 or (C,) float32 where the task has such labels; see the cache format
+    labels: np.ndarray | None = (
+        None  # (L,) or (M,) int32, or (C,) float32, where the task has such; see the cache format
+    )
     content: Content | None = None  # of an image; `input_ids` are zeros then, one for each place of its sequence
+    target: str | None = None  # of an encoder-decoder model; its tokens are `labels` (M,)
+    decoder_start: int | None = None  # what the decoder reads first; then come the labels but the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +113,28 @@ class TokenBatch:
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) int64, 1 for a token, 0 for padding
     token_type_ids: Tensor | None  # (B, L) int64
-    labels: Tensor  # (B,) or (B, L) int64, NO_LABEL where there is none; or (B, C) float32, NaN where there is none
+    labels: Tensor  # (B,), (B, L) or (B, M) int64, NO_LABEL where there is none; or (B, C) float32, NaN where none
+    # (B, M) int64, of an encoder-decoder model: `labels`, shifted right. It needs no mask: a decoder looks back only,
+    # and what it says behind the end of a row is no target
+    decoder_input_ids: Tensor | None = None
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of a transformers model's forward."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids
+        if self.decoder_input_ids is not None:
+            inputs["decoder_input_ids"] = self.decoder_input_ids
         return inputs
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The batch with every tensor of it changed so."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if value is not None})
 
     def to(self, device) -> TokenBatch:
         """The same batch on another device."""
-        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 from softlabels import config
 from softlabels.config import (
     Recipe,
+    Schedule,
     StudentOptions,
     build_options,
     parse_losses,
@@ -57,7 +58,8 @@ def test_the_list_of_losses_is_the_one_of_the_losses() -> None:
     ],
 )
 def test_temperature_follows_its_schedule(text: str, progress: float, value: float) -> None:
-    assert parse_temperature(text).at(progress) == pytest.approx(value)
+    schedule = parse_temperature(text)
+    assert isinstance(schedule, Schedule) and schedule.at(progress) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "hot", "5:", "5:1:cosin", "5:1:linear:2", ""])

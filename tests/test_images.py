@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from softlabels.config import DumpOptions, StudentOptions
 from softlabels.corpus import Corpus, read_corpus
 from softlabels.dump import DumpReport, dump
 from softlabels.errors import CacheError, ConfigError, CorpusError, TeacherError
+from softlabels.fidelity import verify_live
 from softlabels.pixels import ImageReader
+from softlabels.plan import plan_dump
 from softlabels.teacher import load_teacher
 from softlabels.train import train_student
 from softlabels.types import NO_LABEL, TokenizedExample
@@ -395,3 +398,63 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--cpu"])
     assert done.exit_code == 0, done.output
     assert whole(tmp_path / "c").rows == 11
+
+
+# ------------------------------------------------------------------------------ what is done with a corpus, and a cache
+
+
+@pytest.mark.parametrize("captures", [["logits"], ["logits", "hidden:1", "qkv:1", "attention:2"]])
+def test_a_plan_says_what_the_dump_takes(folder: Path, tmp_path: Path, captures: list[str]) -> None:
+    corpus = corpus_of(folder)
+    options = DumpOptions(capture=captures, shard_rows=4, batch_tokens=60)
+    plan = plan_dump(corpus, teacher=str(folder / "vit"), options=options, out=tmp_path)
+    dumped(tmp_path / "c", folder / "vit", corpus, capture=captures, codec="float16")
+    tables = open_cache(tmp_path / "c").manifest.shards
+    assert {name: table.total for name, table in tables.items()} == plan.fields
+    assert plan.task == "image-classification" and plan.rows == 11 and plan.kept_mass is None
+    assert plan.speed.rows_opened_per_second is not None and plan.speed.rows_opened_per_second > 0
+    few = plan_dump(corpus, teacher=str(folder / "vit"), options=options, out=tmp_path, sample=3)  # each comes often
+    assert few.sampled == 3 and few.fields["logits"] == plan.fields["logits"]
+    with pytest.raises(ConfigError, match="--max-length: images have no length"):
+        plan_dump(corpus, teacher=str(folder / "vit"), options=DumpOptions(max_length=8), out=tmp_path)
+
+
+def test_a_live_check_opens_the_images_again(folder: Path, tmp_path: Path) -> None:
+    corpus, vit = corpus_of(folder), str(folder / "vit")
+    dumped(tmp_path / "c", folder / "vit", corpus, capture=["logits", "hidden:2", "qkv:1", "hidden:1@mean"])
+    found = verify_live(tmp_path / "c", teacher=vit, corpus=corpus, rows=9)
+    assert found.within and found.rows == 9, [part for part in found.fields if not part.within]
+    assert {part.field for part in found.fields} >= {"logits", "hidden.02", "query.01", "hidden.01@mean"}
+    with pytest.raises(CacheError, match="give the corpus that was dumped with --corpus"):
+        verify_live(tmp_path / "c", teacher=vit)
+    part = Corpus("part", None, corpus.examples[:3], corpus.label_names)
+    with pytest.raises(CorpusError, match="no image for 8 of 11 rows"):
+        verify_live(tmp_path / "c", teacher=vit, corpus=part)
+    mixed = [replace(row, image=corpus.examples[i - 1].image) for i, row in enumerate(corpus.examples)]
+    with pytest.raises(CorpusError, match="is not the image that was dumped"):
+        verify_live(tmp_path / "c", teacher=vit, corpus=replace(corpus, examples=mixed))
+
+
+def test_a_live_check_finds_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    """The teacher is the manifest's, but some logits of the cache are another's."""
+    corpus = corpus_of(folder)
+    dumped(tmp_path / "c", folder / "vit", corpus)
+    path = tmp_path / "c" / "logits" / "00001.arrow"
+    data = bytearray(path.read_bytes())
+    wanted = open_cache(tmp_path / "c").column("logits")[5]
+    at = data.find(wanted.tobytes())
+    data[at : at + 4] = (wanted[:1] + 0.01).tobytes()
+    path.write_bytes(data)
+    found = verify_live(tmp_path / "c", teacher=str(folder / "vit"), corpus=corpus)
+    assert [(part.field, part.within, part.worst_row) for part in found.fields] == [("logits", False, "5")]
+
+
+@pytest.mark.slow
+def test_two_processes_open_the_same_images(folder: Path, tmp_path: Path) -> None:
+    corpus, options = corpus_of(folder), DumpOptions(capture=["logits", "hidden:2"], shard_rows=4, codec="float32")
+    dump(corpus, teacher=str(folder / "vit"), out=tmp_path / "two", options=options, devices=["cpu", "cpu"])
+    dumped(tmp_path / "one", folder / "vit", corpus, capture=["logits", "hidden:2"])
+    one, two = open_cache(tmp_path / "one"), open_cache(tmp_path / "two")
+    assert one.manifest.join == two.manifest.join
+    assert np.allclose(one.column("logits"), two.column("logits"), atol=1e-5)
+    assert verify_cache(tmp_path / "two").whole

@@ -128,6 +128,7 @@ def test_time_and_when_it_has_paid(teacher: Path) -> None:
     assert speed.seconds_captured == pytest.approx(60 / speed.rows_per_second_captured)
     ratio = speed.seconds_captured / speed.seconds
     assert paid.epochs == paid.students == int(np.ceil(ratio)) and paid.epochs_each == 1
+    assert paid.seconds_each == pytest.approx(speed.seconds) and speed.rows_opened_per_second is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from softlabels.cache.gather import Buffers, elements_at, take_ids, take_rows, w
 from softlabels.cache.places import Found, MappedColumn, RowPlaces, Run, physical_memory
 from softlabels.cache.writer import SCALE
 from softlabels.errors import CacheError
-from softlabels.types import NO_LABEL, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
+from softlabels.tokens import shift_right
+from softlabels.types import NO_LABEL, SEQ2SEQ, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch
 
 if TYPE_CHECKING:
     from softlabels.cache.reader import Cache
@@ -53,13 +54,9 @@ class CacheBatch:
 
     def pin_memory(self) -> CacheBatch:
         """The same batch in page-locked memory; torch's DataLoader asks for it."""
-        tokens, teacher = self.tokens, self.teacher
-        types = None if tokens.token_type_ids is None else tokens.token_type_ids.pin_memory()
-        mask, labels = tokens.attention_mask.pin_memory(), tokens.labels.pin_memory()
-        fields = {name: value.pin_memory() for name, value in teacher.fields.items()}
-        return CacheBatch(
-            self.rows, TokenBatch(tokens.input_ids.pin_memory(), mask, types, labels), Signals(fields, mask, labels)
-        )
+        tokens = self.tokens.each(torch.Tensor.pin_memory)
+        fields = {name: value.pin_memory() for name, value in self.teacher.fields.items()}
+        return CacheBatch(self.rows, tokens, Signals(fields, tokens.attention_mask, tokens.labels))
 
 
 @dataclass(slots=True)
@@ -131,7 +128,8 @@ class BatchReader:
             types = out.take("token_type_ids", shape, torch.int64)
             found = self._find(EXAMPLES, "token_type_ids", rows, lambda: rows.lengths)
             take_ids(found.places, rows.lengths, types.numpy(), np.dtype("u1"), padding=0)
-        return TokenBatch(ids, self.mask(rows, out), types, self.labels(rows, out))
+        labels = self.labels(rows, out)
+        return TokenBatch(ids, self.mask(rows, out), types, labels, self.decoder_inputs(rows, labels, out))
 
     def mask(self, rows: _Rows, out: Buffers) -> torch.Tensor:
         mask = out.take("mask", (len(rows.numbers), rows.longest), torch.int64)  # (B, L)
@@ -146,14 +144,25 @@ class BatchReader:
             labels = out.take("labels", (len(rows.numbers), len(card.label_names)), torch.float32)
             take_rows(self._find(EXAMPLES, LABELS, rows, lambda: rows.lengths).places, labels)
             return labels
-        if card.task in TOKEN_LABELS:  # (B, L)
-            labels = out.take("labels", (len(rows.numbers), rows.longest), torch.int64)
-            found = self._find(EXAMPLES, LABELS, rows, lambda: 4 * rows.lengths)
-            take_ids(found.places, rows.lengths, labels.numpy(), np.dtype("<i4"), padding=NO_LABEL)
+        if card.task in TOKEN_LABELS:  # (B, L), or (B, M) of the targets
+            counts = rows.targets if card.task == SEQ2SEQ and rows.targets is not None else rows.lengths
+            labels = out.take("labels", (len(rows.numbers), int(counts.max())), torch.int64)
+            found = self._find(EXAMPLES, LABELS, rows, lambda: 4 * counts)
+            take_ids(found.places, counts, labels.numpy(), np.dtype("<i4"), padding=NO_LABEL)
             return labels
         labels = out.take("labels", (len(rows.numbers),), torch.int64)
         self.cache.labels.take(rows.numbers, out=labels.numpy(), mode="clip")  # "clip" needs no second buffer
         return labels
+
+    def decoder_inputs(self, rows: _Rows, labels: torch.Tensor, out: Buffers) -> torch.Tensor | None:
+        """(B, M) what the teacher's decoder read: `labels` (B, M), shifted; None where the teacher has none."""
+        starts = self.cache.decoder_starts
+        if starts is None:
+            return None
+        shifted = out.take("decoder_input_ids", tuple(labels.shape), torch.int64)
+        pad = self.cache.manifest.teacher.pad_token_id
+        shift_right(labels.numpy(), starts[rows.numbers], out=shifted.numpy(), pad_token_id=pad)
+        return shifted
 
     def signals(self, rows: _Rows, fields: Sequence[str], out: Buffers, *, as_stored: bool) -> dict[str, torch.Tensor]:
         """The padded tensors of `fields`."""

@@ -47,7 +47,7 @@ from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
 from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
-from softlabels.types import IMAGES, Task
+from softlabels.types import IMAGES, SEQ2SEQ, Task
 
 Reader = PreTrainedTokenizerBase | BaseImageProcessor  # what a teacher reads its rows by
 
@@ -87,6 +87,7 @@ class CacheBuild:
             token_types=self.manifest.teacher.token_types,
             text=self.manifest.dump.text,
             labels=labels_type(self.manifest.teacher),
+            targets=self.manifest.teacher.task == SEQ2SEQ,
             truncated=rows.truncated,
         )
 

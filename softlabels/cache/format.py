@@ -22,10 +22,11 @@ list column holds fewer than 2³¹ values a record batch; a shard with more has 
 empty, one after the other. All numbers are little-endian.
 
 **`examples`** columns: `id` string, unique in the cache; `token_hash` uint64, xxh3-64 over the int32 little-endian
-token ids and then the uint8 token types; `input_ids` list<uint16>, or list<int32> where the vocabulary is larger than
-65,536; `token_type_ids` list<uint8>, only where the tokenizer gives them; `label` int32, -100 for none; `labels`, only
-where the teacher's task has more than one class a row (below); `text` and `text_b` string, only where the cache keeps
-texts (`text_b` is empty for single texts).
+token ids and then the uint8 token types, and then of seq2seq-lm an int32 -1 and the int32 `labels`; `input_ids`
+list<uint16>, or list<int32> where the vocabulary is larger than 65,536; `token_type_ids` list<uint8>, only where the
+tokenizer gives them; `label` int32, -100 for none; `labels`, only where the teacher's task has more than one class a
+row (below); `decoder_start` int32, only of seq2seq-lm; `text` and `text_b` string, only where the cache keeps texts
+(`text_b` is empty for single texts), and of seq2seq-lm `target` too.
 
 **Labels.** `teacher.task` in the manifest says what the teacher was made for, and what `labels` holds:
     sequence-classification, sentence-embedding,
@@ -39,6 +40,10 @@ texts (`text_b` is empty for single texts).
     causal-lm                                        list<int32>, the id of the next token; -100 at the last one. What a
                                                      field says of a token is the prediction of its label: the shift is
                                                      done, once, here
+    seq2seq-lm                                       list<int32>, the ids of the target text, none of them -100, at
+                                                     least one; as many as that has, not as `input_ids`. The decoder
+                                                     read `decoder_start` and then the labels but the last, so what a
+                                                     field says of a target is again the prediction of its label
 In all but the first lines `label` is -100. A token whose label isn't -100 is a **target**.
 
 **Images.** A row of image-classification stands for an image file, of which the cache holds neither pixels nor path.
@@ -57,7 +62,8 @@ settings as JSON with sorted keys, without spaces.
                                           `attention.06@scores`: before the softmax, -65504 where a key is masked
     target list<T>, width values a target a vector for each target of the row, in their order (below)
 L is the length of the row's `input_ids`: nothing is padded. Layer 0 is the embedding output, layer i the output of
-layer i. `type` in the manifest says what T is and what a stored value means:
+layer i; of an encoder-decoder model they are the encoder's. `type` in the manifest says what T is and what a stored
+value means:
     float32   T = float32
     float16   T = float16; never in one file with other columns, since some readers refuse such files whole
     bfloat16  T = uint16, the upper half of the bits of a float32

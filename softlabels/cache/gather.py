@@ -55,11 +55,12 @@ class Buffers:
             return last
         count = math.prod(shape)
         block = self._blocks.get((name, dtype))
-        if block is None or len(block) < count:
-            room = count if block is None else max(count, len(block) * 5 // 4)  # few steps to the longest batch
-            block = torch.empty(room, dtype=dtype, pin_memory=self.pin)
-            self._blocks[name, dtype] = block
-        tensor = self._last[name, dtype] = block[:count].view(shape)
+        with torch.inference_mode(False):  # what is made inside that mode could not be written to outside of it
+            if block is None or len(block) < count:
+                room = count if block is None else max(count, len(block) * 5 // 4)  # few steps to the longest batch
+                block = torch.empty(room, dtype=dtype, pin_memory=self.pin)
+                self._blocks[name, dtype] = block
+            tensor = self._last[name, dtype] = block[:count].view(shape)
         return tensor
 
 

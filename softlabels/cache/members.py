@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from softlabels.cache.format import Manifest
+from softlabels.cache.format import Manifest, TeacherCard
 from softlabels.cache.shards import count_targets, list_lengths
-from softlabels.types import IMAGES, NO_LABEL, TOKEN_LABELS, VECTOR_LABELS, Task
+from softlabels.tokens import TARGET_FOLLOWS
+from softlabels.types import IMAGES, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, VECTOR_LABELS, Task
 
 
 class Members:
@@ -34,7 +35,7 @@ class Members:
             return f"it has {int(tokens.sum())} tokens and not the {self.manifest.shard_tokens[shard]} of the manifest"
         stored = table.column("token_hash").to_numpy()
         images = self.manifest.teacher.task == IMAGES  # whose pixels are not here to hash again
-        hashes = stored if images else token_hashes(table, tokens, types=self.manifest.teacher.token_types)
+        hashes = stored if images else token_hashes(table, self.manifest.teacher)
         wrong = np.flatnonzero(hashes != stored)
         if len(wrong):
             name = names[wrong[0]].decode()
@@ -73,16 +74,23 @@ def _count_labelled(table: pa.Table, task: Task) -> int:
     )
 
 
-def token_hashes(table: pa.Table, tokens: np.ndarray, *, types: bool) -> np.ndarray:
-    """(rows,) uint64: xxh3-64 over each row's tokens as int32 and, where there are some, its token types."""
+def token_hashes(table: pa.Table, card: TeacherCard) -> np.ndarray:
+    """(rows,) uint64: xxh3-64 over each row's tokens as int32, its token types and its target, where there are some."""
+    none = memoryview(b"")
     ids = memoryview(_values(table, "input_ids").astype("<i4").tobytes())
-    kinds = memoryview(_values(table, "token_type_ids").tobytes()) if types else memoryview(b"")
-    hashes, start = np.zeros(len(tokens), np.uint64), 0
-    for row, count in enumerate(tokens.tolist()):
-        hasher = xxhash.xxh3_64(ids[4 * start : 4 * (start + count)])
-        if types:
-            hasher.update(kinds[start : start + count])
-        hashes[row], start = hasher.intdigest(), start + count
+    kinds = memoryview(_values(table, "token_type_ids").tobytes()) if card.token_types else none
+    labels = memoryview(_values(table, "labels").astype("<i4").tobytes()) if card.task == SEQ2SEQ else none
+    ends = np.cumsum(list_lengths(table, "input_ids")).tolist()
+    target_ends = np.cumsum(list_lengths(table, "labels")).tolist() if card.task == SEQ2SEQ else [0] * len(ends)
+    hashes, start, target_start = np.zeros(len(ends), np.uint64), 0, 0
+    for row, (end, target_end) in enumerate(zip(ends, target_ends, strict=True)):
+        hasher = xxhash.xxh3_64(ids[4 * start : 4 * end])
+        if card.token_types:
+            hasher.update(kinds[start:end])
+        if card.task == SEQ2SEQ:
+            hasher.update(TARGET_FOLLOWS)
+            hasher.update(labels[4 * target_start : 4 * target_end])
+        hashes[row], start, target_start = hasher.intdigest(), end, target_end
     return hashes
 
 

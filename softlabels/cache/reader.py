@@ -27,7 +27,7 @@ from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
 from softlabels.tokens import shuffled_batches, windowed_batches
-from softlabels.types import IMAGES, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch, TokenSequence
+from softlabels.types import IMAGES, SEQ2SEQ, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch, TokenSequence
 
 if TYPE_CHECKING:
     import datasets
@@ -109,6 +109,13 @@ class Cache:
         if self.manifest.teacher.task not in TOKEN_LABELS:
             return None
         return np.concatenate([count_targets(self._shard(EXAMPLES, shard)) for shard in self._all_shards()])
+
+    @cached_property
+    def decoder_starts(self) -> np.ndarray | None:
+        """(N,) int64: what the decoder reads before the targets; None where the teacher is no encoder-decoder."""
+        if self.manifest.teacher.task != SEQ2SEQ:
+            return None
+        return self._flat_column("decoder_start").astype(np.int64)
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, sha
 from softlabels.cache.inside import open_inside
 from softlabels.cache.writer import SCALE, examples_schema, field_schema, labels_type, read_channels
 from softlabels.errors import CacheError
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, TOKEN_LABELS, VECTOR_LABELS
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, VECTOR_LABELS
 
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
@@ -72,6 +72,7 @@ def wanted_schema(manifest: Manifest, field: str, shard: int, found: pa.Schema, 
             token_types=card.token_types,
             text=manifest.dump.text,
             labels=labels_type(card),
+            targets=card.task == SEQ2SEQ,
         )
     spec = manifest.fields[field]
     channels = read_channels(found, spec.width, where=where) if spec.type == "int8" else None
@@ -102,7 +103,13 @@ def _check_examples(table: pa.Table, manifest: Manifest, path: Path) -> None:
 def _check_token_labels(table: pa.Table, manifest: Manifest, path: Path) -> None:
     card = manifest.teacher
     most = card.vocab_size if card.task in LANGUAGE_MODELS else len(card.label_names)
-    if not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "labels")):
+    if card.task == SEQ2SEQ:
+        starts, counts = table.column("decoder_start").to_numpy(), list_lengths(table, "labels")
+        if ((starts < 0) | (starts >= most)).any() or not np.array_equal(counts, count_targets(table)):
+            raise CacheError(f"{path} has target texts with tokens that are none below {most}: it is damaged")
+        if not counts.all():
+            raise CacheError(f"{path} has rows without a target text: it is damaged")
+    elif not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "labels")):
         raise CacheError(f"{path} has rows with more or fewer labels than tokens: it is damaged")
     for chunk in table.column("labels").chunks:
         labels = chunk.values.to_numpy(zero_copy_only=True)

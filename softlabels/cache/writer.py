@@ -394,9 +394,15 @@ def labels_type(card: TeacherCard) -> pa.DataType | None:
 
 
 def examples_schema(
-    shard: int, *, vocab_size: int, token_types: bool, text: bool, labels: pa.DataType | None = None
+    shard: int,
+    *,
+    vocab_size: int,
+    token_types: bool,
+    text: bool,
+    labels: pa.DataType | None = None,
+    targets: bool = False,
 ) -> pa.Schema:
-    """The Arrow schema of an `examples` shard; `labels` as `labels_type` gives it."""
+    """The Arrow schema of an `examples` shard; `labels` as `labels_type` gives it, `targets`: rows have one."""
     columns = {"id": pa.string(), "token_hash": pa.uint64()}
     columns["input_ids"] = _list_type(pa.from_numpy_dtype(id_type(vocab_size)))
     if token_types:
@@ -404,8 +410,10 @@ def examples_schema(
     columns["label"] = pa.int32()
     if labels is not None:
         columns["labels"] = labels
+    if targets:
+        columns["decoder_start"] = pa.int32()
     if text:
-        columns |= {"text": pa.string(), "text_b": pa.string()}
+        columns |= {"text": pa.string(), "text_b": pa.string()} | ({"target": pa.string()} if targets else {})
     fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
     return pa.schema(fields, metadata=metadata(EXAMPLES, shard))
 
@@ -435,6 +443,8 @@ _VALUES: dict[str, Callable[[TokenizedExample], Any]] = {
     "label": lambda example: example.label,
     "text": lambda example: example.text,
     "text_b": lambda example: example.text_b or "",
+    "target": lambda example: example.target,
+    "decoder_start": lambda example: example.decoder_start,
 }
 
 
@@ -469,10 +479,13 @@ def write_examples(
     token_types: bool,
     text: bool,
     labels: pa.DataType | None = None,
+    targets: bool = False,
     truncated: int = 0,
 ) -> Receipt:
     """Write and commit one shard of `examples`; `truncated` of them were cut."""
-    schema = examples_schema(shard, vocab_size=vocab_size, token_types=token_types, text=text, labels=labels)
+    schema = examples_schema(
+        shard, vocab_size=vocab_size, token_types=token_types, text=text, labels=labels, targets=targets
+    )
     batch = examples_batch(examples, schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:

@@ -13,6 +13,7 @@ _DEFAULT: dict[Task, str] = {
     "sentence-embedding": "pooled",
     "masked-lm": "vocab:topk=64",
     "causal-lm": "vocab:topk=64",
+    "seq2seq-lm": "vocab:topk=64",
 }
 
 

@@ -33,7 +33,7 @@ class Request:
 class Forward:
     """One forward pass of the teacher over a batch. Of an encoder-decoder model the layers are the encoder's."""
 
-    logits: Tensor | None  # (B, C) or (B, L, V); None: the model has no head
+    logits: Tensor | None  # (B, C), (B, L, V) or of a decoder (B, M, V); None: the model has no head
     hidden_states: tuple[Tensor | None, ...]  # layers + 1 of (B, L, D), the embedding output first; empty: not taken
     last_hidden_state: Tensor | None  # (B, L, D), what the body hands to a head; None: not taken
     pooler_output: Tensor | None  # (B, D); None: the body has no pooler, or it was not taken
@@ -42,7 +42,7 @@ class Forward:
     pooling: str  # how `pooled` is pooled, '' to go by the model
     mask: Tensor | None  # (B, L), 1 for a token; None: no row has padding (images)
     input_ids: Tensor | None = None  # (B, L)
-    targets: Tensor | None = None  # (B, L) bool, tokens that have a label; then logits are (T, V), of these alone
+    targets: Tensor | None = None  # (B, L or M) bool, tokens that have a label; then logits are (T, V), of these alone
     head_states: Tensor | None = None  # (T, D), what the output head saw; None: not taken
     vocab_size: int = 0  # of the tokenizer; a head may have more columns
 

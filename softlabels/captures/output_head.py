@@ -22,7 +22,9 @@ _CLOSE = 1e-4  # of logits rebuilt from states, relative to the largest
 
 @contextmanager
 def only_targets(model: PreTrainedModel, targets: Tensor | None) -> Iterator[list[Tensor]]:
-    """While entered, the output head of `model` sees only the positions `targets` (B, L), and its logits are (T, V).
+    """While entered, the output head of `model` sees only the positions `targets`, and its logits are (T, V).
+
+    `targets` are (B, L), or (B, M) of the decoder of an encoder-decoder model.
 
     None: nothing is changed. Gives a list into which what the head saw is put, (T, D). TeacherError where the model has
     no such head, or hands it something else than a state a token.
@@ -64,7 +66,7 @@ def keep_head(model: PreTrainedModel, states: Tensor, logits: Tensor, *, vocab_s
     TeacherError where the model does more to its logits than a linear map and a soft cap.
     """
     head = _head_of(model)
-    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    weight, bias = getattr(head, "weight", None), _bias_of(model, head)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise TeacherError(f"{type(model).__name__}'s output head is no linear map: capture vocab:topk=64 instead")
     for softcap in dict.fromkeys([getattr(model.config, "final_logit_softcapping", None), None]):
@@ -79,6 +81,15 @@ def keep_head(model: PreTrainedModel, states: Tensor, logits: Tensor, *, vocab_s
         f"{type(model).__name__} does more to its logits than its output head, so they cannot be rebuilt from the last "
         f"hidden state: capture vocab:topk=64 instead"
     )
+
+
+def _bias_of(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
+    """What is added behind the head's weights: by the head, or by BART and its kin, which keep it beside theirs."""
+    bias, beside = getattr(head, "bias", None), getattr(model, "final_logits_bias", None)
+    if not isinstance(beside, Tensor) or not bool(beside.any()):
+        return bias
+    beside = beside.detach().flatten()
+    return beside if bias is None else bias.detach() + beside
 
 
 def _own(tensor: Tensor, rows: int) -> Tensor:

@@ -23,6 +23,7 @@ from softlabels.cache.vocab_plain import to_plain
 from softlabels.captures.forward import Forward, Request
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.truncated import truncate
+from softlabels.types import LANGUAGE_MODELS
 
 FIRST_LAYER = None
 FORMS = ("",)
@@ -46,7 +47,9 @@ def fields(request: Request, forward: Forward, *, codec: str) -> dict[str, Field
 def take(request: Request, forward: Forward) -> dict[str, Tensor]:
     """(T, …) a field, for the T targets of the batch."""
     if forward.head_states is None or forward.logits is None:
-        raise TeacherError("--capture vocab: only masked-lm and causal-lm teachers have a vocabulary to speak of")
+        raise TeacherError(
+            f"--capture vocab: only teachers for {', '.join(LANGUAGE_MODELS)} have a vocabulary to speak of"
+        )
     form = parse_form(request.form)
     if not form.k:
         return {STATES: forward.head_states}

@@ -54,6 +54,7 @@ class StudentSpec:
     mask_token_id: int | None = None  # what stands for a masked word in augmented texts
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None  # the teacher's, loaded when asked for
     sequences: Callable[[], Iterable[TokenSequence]] | None = None  # the training rows', read when asked for
+    decoder_start: int | None = None  # what the teacher's decoder read first, of an encoder-decoder model
 
 
 class StudentModule(Protocol):

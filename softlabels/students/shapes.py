@@ -20,11 +20,14 @@ from softlabels.students import StudentSpec
 from softlabels.students.presets import find_preset
 from softlabels.students.starts import Start, find_renames, one_line, read_config, read_setting, read_start
 from softlabels.tokens import OFFSET_POSITIONS
-from softlabels.types import Task
+from softlabels.types import SEQ2SEQ, Task
 
+_USUAL: dict[Task, str] = {"causal-lm": "gpt2", SEQ2SEQ: "t5"}
 WIDTH_OF_A_HEAD = 64
 SHORT_NAMES = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
-FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff")  # by architecture
+FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")  # of each
+DECODER_SIZES = {"encoder_layers": "decoder_layers", "encoder_attention_heads": "decoder_attention_heads"}
+DECODER_SIZES |= {"encoder_ffn_dim": "decoder_ffn_dim", "num_layers": "num_decoder_layers"}
 POSITIONS = "max_position_embeddings"
 SPECIAL_IDS = {"bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"}
 # What a folder's config says and the new one works out; MobileBERT's width would go before the sizes it follows from
@@ -121,6 +124,8 @@ def _make_config(spec: StudentSpec, options: dict[str, Any], start: Start | None
         settings["is_decoder"] = True  # a BERT that looks back only
     for name in SPECIAL_IDS & _attributes(kind) - set(chosen):
         settings[name] = None  # the architecture's own tokenizer's, which is not the cache's
+    if spec.task == SEQ2SEQ:
+        settings |= {name: value for name, value in _writing(kind, spec, settings).items() if name not in chosen}
     # RoBERTa and its kin number positions from pad_token_id + 1: the first rows of their table are never used
     # (MPNet does so from 2, whatever the pad token)
     needed = spec.max_length + (max(spec.pad_token_id, 1) + 1 if kind.model_type in OFFSET_POSITIONS else 0)
@@ -151,7 +156,7 @@ def _first_settings(
         config = read_config(options["config"])
         return type(config), config.to_dict()
     own = None if start is None else start.teacher.config.get("model_type")
-    model_type = options.get("model_type", own or ("gpt2" if task == "causal-lm" else "bert"))
+    model_type = options.get("model_type", own or _USUAL.get(task, "bert"))
     if model_type not in CONFIG_MAPPING_NAMES:
         near = suggest(str(model_type), CONFIG_MAPPING_NAMES)
         raise StudentError(f"transformers knows no model_type '{model_type}'.{near}")
@@ -186,6 +191,18 @@ def _small(kind: type[PreTrainedConfig], spec: StudentSpec, chosen: dict[str, An
         "type_vocab_size": token_types(spec),
     }
     return {name: size for name, size in sizes.items() if name in known | {"intermediate_size"}}
+
+
+def _writing(kind: type[PreTrainedConfig], spec: StudentSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the decoder begins and ends with, and its sizes where only the encoder's are said."""
+    ids = {"decoder_start_token_id": spec.decoder_start, "eos_token_id": spec.teacher_config.get("eos_token_id")}
+    own = {field.name for field in dataclasses.fields(kind)}
+    sizes = {
+        decoder: settings[encoder]
+        for encoder, decoder in DECODER_SIZES.items()
+        if decoder in own and encoder in settings and decoder not in settings
+    }
+    return ids | ({"forced_eos_token_id": None} if "forced_eos_token_id" in own else {}) | sizes
 
 
 def _check_positions(spec: StudentSpec, start: Start) -> None:

@@ -1,6 +1,8 @@
 """A small transformer of any architecture that transformers can build as a sequence classifier.
 
-Of a language model's cache it is a language model: for masked-lm a BERT, for causal-lm a GPT-2 by default.
+Of a language model's cache it is a language model: for masked-lm a BERT, for causal-lm a GPT-2, for seq2seq-lm a T5 by
+default. `layers`, `heads` and `intermediate_size` of an encoder-decoder model are those of its encoder and, unless they
+are named (`decoder_layers=1`), of its decoder too.
 
 By default a BERT of 2 layers, 128 wide. Its options:
 
@@ -29,6 +31,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -39,12 +42,13 @@ from softlabels.students.shapes import read_shape, token_types
 from softlabels.students.starts import one_line
 from softlabels.students.teacher_layers import copy_start
 from softlabels.tasks import find_task
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Task, TokenBatch
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, Task, TokenBatch
 
 _KINDS: dict[Task, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "masked-lm": AutoModelForMaskedLM,
     "causal-lm": AutoModelForCausalLM,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
     "sentence-embedding": AutoModel,  # a bare encoder, which learns from layers
 }
 
@@ -52,6 +56,10 @@ _KINDS: dict[Task, Any] = {
 def build(spec: StudentSpec) -> PreTrainedModel:
     """A new transformer for `spec`, its head and whatever no teacher gave it at random."""
     shape = read_shape(spec)
+    if shape.start is not None and spec.task == SEQ2SEQ:
+        raise StudentError(
+            "option 'init_from' is for models of one stack of layers so far: leave it out for seq2seq-lm"
+        )
     try:
         student = _KINDS[spec.task].from_config(shape.config, trust_remote_code=False, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
@@ -93,7 +101,8 @@ def _try_out(student: PreTrainedModel, spec: StudentSpec) -> None:
     try:
         with torch.inference_mode():
             types = torch.full_like(ids, min(token_types(spec), 2) - 1)
-            batch = TokenBatch(ids, mask, types, torch.full((2,), NO_LABEL))
+            written = ids if spec.task == SEQ2SEQ else None
+            batch = TokenBatch(ids, mask, types, torch.full((2,), NO_LABEL), written)
             wanted: tuple[int, ...] = (2, len(spec.label_names))
             if spec.task in LANGUAGE_MODELS:
                 wanted = (2, spec.max_length, spec.vocab_size)

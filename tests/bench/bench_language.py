@@ -28,7 +28,7 @@ from softlabels.cache import open_cache
 from softlabels.config import DumpOptions, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.losses import LANGUAGE_LOSSES, Loss
+from softlabels.losses import LANGUAGE_LOSSES, LanguageLoss
 from softlabels.perplexity import evaluate_language_model
 from softlabels.progress import quiet
 from softlabels.train import train_student
@@ -66,8 +66,8 @@ def renormalised(student: Signals, teacher: Signals, *, temperature: float) -> T
 
 
 @contextmanager
-def loss_called_kl(loss: Loss | None) -> Iterator[None]:
-    table = cast(dict[str, Loss], LANGUAGE_LOSSES)
+def loss_called_kl(loss: LanguageLoss | None) -> Iterator[None]:
+    table = cast(dict[str, LanguageLoss], LANGUAGE_LOSSES)
     before = table["kl"]
     if loss is not None:
         table["kl"] = loss

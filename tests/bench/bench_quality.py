@@ -136,19 +136,18 @@ def make_teacher(name: str, task: Task, folder: Path) -> dict[str, Any]:
         train = read_corpus(folder / "train.jsonl")
         options = TeacherOptions(device="cpu", **settings)
         report = train_teacher(train, model=model, out=folder / "teacher", options=options)
-        common = {"max_length": LENGTH, "text": True}
         whole = dump(
             read_corpus(folder / "transfer.jsonl"),
             teacher=str(folder / "teacher"),
             out=folder / "cache",
-            options=DumpOptions(capture=CAPTURES, **common),
+            options=DumpOptions(capture=CAPTURES, max_length=LENGTH),
             device="cpu",
         )
         tested = dump(
             read_corpus(folder / "test.jsonl"),
             teacher=str(folder / "teacher"),
             out=folder / "cache-test",
-            options=DumpOptions(capture=["logits"], **common),
+            options=DumpOptions(capture=["logits"], max_length=LENGTH),
             device="cpu",
         )
     found = {"tuning": report.seconds, "dump": whole.seconds, "bytes": whole.bytes, "test_dump": tested.seconds}
@@ -176,7 +175,9 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 options["phases"] = [*before, *own]
             options["validation"] = 0.05
             epochs = max(1, (entry.hard_epochs or entry.epochs) // scale)
-            hard = {key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options}
+            hard: dict[str, Any] = {
+                key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
+            }
             start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name.startswith("pkd")}
             hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs, "validation": 0.05}
             key = json.dumps(hard, sort_keys=True)

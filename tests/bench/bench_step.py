@@ -35,7 +35,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from softlabels.cache import open_cache
 from softlabels.cache.batches import CacheBatch
 from softlabels.cache.loader import LoadOptions
-from softlabels.objective import build_objective
+from softlabels.config import Phase
+from softlabels.objective import Objective, fill_in
 from softlabels.optimizer import build_optimizer, clip_gradients
 from softlabels.students import StudentSpec, build_student, student_inputs
 from softlabels.students.recurrent import CompactEmbedding
@@ -77,7 +78,9 @@ def make_trainer(vocabulary: int, *, sparse: bool = True) -> Trainer:
             module.sparse_gradients = sparse
     optimizer = build_optimizer(student, lr=1e-3, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, 100, 100_000)
-    objective = build_objective({"mse_logits": 1.0}, "1")
+    phase = Phase(losses={"mse_logits": 1.0})
+    terms = fill_in(phase, "sequence-classification", student_layers=None, teacher_layers=lambda: 0)
+    objective = Objective(terms, ["logits"])
 
     def step(batch: CacheBatch) -> float:
         logits = student(**student_inputs(student, batch.tokens)).logits

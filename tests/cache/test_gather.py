@@ -139,6 +139,14 @@ def test_buffers_used_again_leak_nothing_into_padding(cache: Cache, split_cache:
         assert len(seen) <= 4  # most batches lie in the memory of the one before
 
 
+def test_memory_first_used_in_inference_mode_can_be_used_outside(cache: Cache) -> None:
+    out = Buffers()
+    with torch.inference_mode():
+        cache.batch([0, 1], list(FIELDS), out=out)
+    found, wanted = cache.batch([0, 2], list(FIELDS), out=out), cache.batch([0, 2], list(FIELDS))
+    assert all(torch.equal(found.teacher.get(name), wanted.teacher.get(name)) for name in FIELDS)
+
+
 def test_rows_that_are_not_there(cache: Cache) -> None:
     for rows in ([10], [-1, 2]):
         with pytest.raises(IndexError, match="rows 0 to 9"):
