@@ -653,7 +653,7 @@ def _verdict(verdict) -> str:
 )
 def train_student_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
-    student: Annotated[str, typer.Option(help="bilstm, lstm_attention, transformer or linear")],
+    student: Annotated[str, typer.Option(help="bilstm, lstm_attention, word_average, transformer or linear")],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
     loss: Annotated[
         list[str] | None,
@@ -678,6 +678,7 @@ def train_student_command(
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd, or adadelta (which wants --lr 1.0)")] = None,
     lr: Annotated[float | None, typer.Option(help="the highest learning rate")] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="stop after so many epochs without a better score")
@@ -698,6 +699,7 @@ def train_student_command(
     given = {
         "epochs": epochs,
         "batch_size": batch_size,
+        "optimizer": optimizer,
         "lr": lr,
         "patience": patience,
         "validation": validation,
