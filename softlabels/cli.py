@@ -864,6 +864,7 @@ def train_student_command(
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd, or adadelta (which wants --lr 1.0)")] = None,
     lr: Annotated[float | None, typer.Option(help="the highest learning rate")] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="stop after so many epochs without a better score")
@@ -887,6 +888,7 @@ def train_student_command(
     given: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
+        "optimizer": optimizer,
         "lr": lr,
         "patience": patience,
         "validation": validation,
