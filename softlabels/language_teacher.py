@@ -30,7 +30,7 @@ HELD_OUT = 0  # the epoch, so to say, whose masks the held-out rows have; traini
 
 
 def fit_config(config: PretrainedConfig, task: TeachableTask, folder: Path) -> None:
-    """Have the model look back only where `task` is causal-lm: BERT and its kin would see the tokens they are asked for.
+    """For causal-lm have the model look back only: BERT and its kin would see the tokens that they are asked for.
 
     TeacherError for an encoder-decoder model.
     """
