@@ -131,12 +131,20 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
 @app.command(
     "train-teacher",
     epilog="Examples:  softlabels train-teacher train.csv --model all-MiniLM-L6-v2 --out teacher   |   softlabels "
-    "train-teacher train.csv --model bert-mini --from-scratch --tokenizer bert-base-chinese --out teacher",
+    "train-teacher train.csv --model bert-mini --from-scratch --tokenizer bert-base-chinese --out teacher   |   "
+    "softlabels train-teacher texts.txt --model bert-base-uncased --task masked-lm --epochs 1 --out language-teacher",
 )
 def train_teacher_command(
     corpus: CorpusArgument,
     model: Annotated[str, typer.Option(help="the pretrained model to fine-tune: a folder or a Hugging Face name")],
     out: Annotated[Path, typer.Option(help="the folder for the teacher")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="sequence-classification, or a language model, trained on any texts: masked-lm (15 % of the tokens "
+            "are masked, others in every epoch) or causal-lm; where the model has no such head, it gets a new one"
+        ),
+    ] = "sequence-classification",
     split: Annotated[
         str | None, typer.Option(help="which split(s) of the corpus, joined by +; by default train")
     ] = None,
@@ -145,7 +153,8 @@ def train_teacher_command(
         typer.Option(
             "--eval",
             metavar="CORPUS",
-            help="a labelled corpus that picks the best epoch; by default a tenth of the rows is held out",
+            help="a corpus that picks the best epoch, by accuracy (its rows are labelled) or perplexity; by default a "
+            "tenth of the rows is held out",
         ),
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
@@ -183,12 +192,13 @@ def train_teacher_command(
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """Fine-tune a classifier, or train a new one, so that it can teach."""
+    """Fine-tune a classifier or a language model, or train a new one, so that it can teach."""
     from softlabels.config import TeacherTraining, build_options, parse_options
 
     checked = build_options(
         TeacherTraining,
         {
+            "task": task,
             "epochs": epochs,
             "lr": lr,
             "batch_size": batch_size,
@@ -203,8 +213,10 @@ def train_teacher_command(
     from softlabels.corpus import read_corpus
     from softlabels.teacher import TeacherOptions, train_teacher
 
-    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows)
-    validation = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
+    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=checked.task)
+    validation = None
+    if eval_corpus is not None:
+        validation = read_corpus(eval_corpus, split=eval_split, text=text, label=label, task=checked.task)
     options = TeacherOptions(
         **checked.model_dump(exclude={"rows"}),
         trust_remote_code=trust_remote_code,

@@ -501,9 +501,13 @@ class StudentOptions(Strict):
         return {term.loss for phase in self.all_phases() for term in phase.terms}
 
 
-class TeacherTraining(Strict):
-    """How the teacher is fine-tuned."""
+TeachableTask = Literal["sequence-classification", "masked-lm", "causal-lm"]  # what a teacher can be trained for here
 
+
+class TeacherTraining(Strict):
+    """How the teacher is trained."""
+
+    task: TeachableTask = "sequence-classification"
     epochs: int = Field(default=5, ge=1)
     lr: float = Field(default=5e-5, gt=0)
     batch_size: int = Field(default=32, ge=1)

@@ -1,4 +1,4 @@
-"""A teacher from nothing: a shape and a tokenizer in, a classifier with random weights out.
+"""A teacher from nothing: a shape and a tokenizer in, a classifier or language model with random weights out.
 
 The shape is a preset of the transformer student (`mobilebert-teacher`, `bert-mini` …) or a folder with a config.json;
 its sizes may be changed by that student's options. The vocabulary is the tokenizer's.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from softlabels.config import suggest
+from softlabels.config import TeachableTask, suggest
 from softlabels.errors import StudentError, TeacherError
 from softlabels.pretrained import load_tokenizer, resolve_pretrained
 from softlabels.students import StudentSpec, build_student
@@ -64,8 +64,13 @@ def find_blank(model: str, *, tokenizer: str | None, options: dict[str, Any]) ->
     return Blank(shape | options, reader, types, xxhash.xxh3_128_hexdigest(config + named.encode()))
 
 
-def build_blank(blank: Blank, label_names: list[str]) -> PreTrainedModel:
-    """A sequence classifier of that shape, its weights from torch's generator; TeacherError says what can't be."""
+def build_blank(
+    blank: Blank, label_names: list[str], *, task: TeachableTask = "sequence-classification"
+) -> PreTrainedModel:
+    """A model of that shape for `task`, its weights from torch's generator; TeacherError says what can't be.
+
+    A language model has no `label_names`.
+    """
     tokenizer = blank.tokenizer
     assert isinstance(tokenizer.pad_token_id, int)
     spec = StudentSpec(
@@ -78,6 +83,7 @@ def build_blank(blank: Blank, label_names: list[str]) -> PreTrainedModel:
         # 12 heads where a preset has as many as its teacher: so had the teachers of its paper
         teacher_config={"type_vocab_size": blank.token_types, "num_attention_heads": 12},
         options=blank.shape,
+        task=task,
     )
     try:
         return build_student("transformer", spec)

@@ -257,7 +257,7 @@ def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, maski
 def check_tokenizer(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """TeacherError where a tokenizer lacks what `task` needs."""
     if task == "masked-lm" and tokenizer.mask_token_id is None:
-        raise TeacherError("this tokenizer has no mask token, so nothing can be masked: is the teacher a causal-lm?")
+        raise TeacherError("this tokenizer has no mask token, so nothing can be masked: try --task causal-lm")
     if task == "token-classification" and not tokenizer.is_fast:
         raise TeacherError("token classification needs a fast tokenizer, which knows what word a token is of")
 

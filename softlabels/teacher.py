@@ -1,32 +1,31 @@
-"""The teacher: a model for any task, loaded as it is, or a sequence classifier that is trained here.
+"""The teacher: a model for any task, loaded as it is; or a classifier or language model that is trained here.
 
 `load_teacher` gives a frozen model in eval mode, its tokenizer and its label names. `train_teacher` fine-tunes a
-pretrained model, or trains a new one (see `scratch`): labelled rows in, a `save_pretrained` folder out, with
-`teacher.json` saying how it came about. The folder is written under another name and renamed last, so `out` is either
-a whole teacher or not there.
+pretrained model, or trains a new one (see `scratch`): labelled rows, or for a language model any texts, in, a
+`save_pretrained` folder out, with `teacher.json` saying how it came about. The folder is written under another name and
+renamed last, so `out` is either a whole teacher or not there. The loop itself is in `fine_tuning`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from softlabels.cache.files import lock
 from softlabels.cache.files import sync_folder as sync
 from softlabels.corpus import Corpus, check_trainable, encode_labels
 from softlabels.errors import ConfigError, TeacherError
+from softlabels.fine_tuning import METRICS, EpochFigures, Rows, TeacherOptions, fit, hold_out, split_rows
+from softlabels.language_teacher import check_body, fit_config, prepare_texts
 from softlabels.pretrained import (
     hash_weights,
     load_image_processor,
@@ -36,20 +35,18 @@ from softlabels.pretrained import (
     resolve_pretrained,
     weight_files,
 )
-from softlabels.progress import progress
 from softlabels.scratch import Blank, build_blank, find_blank
 from softlabels.students.presets import PRESETS
 from softlabels.tasks import AUTO_CLASSES, check_tokenizer, find_task, has_label_names
-from softlabels.tokens import batches_by_length, pad_batch, resolve_max_length, shuffled_batches, tokenize
-from softlabels.types import IMAGES, NO_LABEL, VECTOR_LABELS, Task, TokenizedExample
+from softlabels.tokens import Tokenized, resolve_max_length, tokenize
+from softlabels.types import IMAGES, NO_LABEL, VECTOR_LABELS, Task
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT, VERSION = "softlabels-teacher", 1
-METRIC = "accuracy"
-_UNSAID = {"from_scratch": False}  # settings that a teacher.json of an earlier softlabels doesn't have
-_EVAL_ROWS = 64
+# settings that a teacher.json of an earlier softlabels doesn't have
+_UNSAID = {"from_scratch": False, "task": "sequence-classification"}
 
 
 @dataclass(frozen=True)
@@ -79,58 +76,6 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class TeacherOptions:
-    """How a teacher is fine-tuned. The defaults are safe for BERT-base; MiniLM takes lr 1e-4 to 2e-4."""
-
-    epochs: int = 5
-    lr: float = 5e-5
-    batch_size: int = 32
-    max_length: int | None = None  # tokens; None: what the model takes, at most 512
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
-    validation_fraction: float = 0.1  # of each class, held out where no validation corpus is given
-    seed: int = 0
-    precision: Literal["fast", "bfloat16", "float32"] = "fast"  # see `_compute_precision`
-    from_scratch: bool = False  # random weights: the model is a preset's name or a folder with a config.json
-    tokenizer: str | None = None  # with from_scratch: whose tokenizer; None: the model folder's
-    options: dict[str, Any] = field(default_factory=dict)  # with from_scratch: sizes, as of the transformer student
-    trust_remote_code: bool = False
-    device: str | None = None  # None: the GPU if there is one
-
-    def __post_init__(self) -> None:
-        faults = {
-            "epochs": self.epochs < 1,
-            "batch_size": self.batch_size < 1,
-            "lr": not (math.isfinite(self.lr) and self.lr > 0),
-            "warmup": not 0 <= self.warmup <= 1,
-            "weight_decay": self.weight_decay < 0,
-            "clip": not self.clip > 0,
-            "validation_fraction": not 0 <= self.validation_fraction < 1,
-            "seed": self.seed < 0,
-            "precision": self.precision not in ("fast", "bfloat16", "float32"),
-        }
-        for name, wrong in faults.items():
-            if wrong:
-                raise ConfigError(f"{name} {getattr(self, name)} is out of range for training a teacher")
-        if not self.from_scratch and (self.tokenizer is not None or self.options):
-            raise ConfigError(
-                "a tokenizer or options of the shape are for a teacher that starts from nothing: give --from-scratch, "
-                "or leave them out"
-            )
-
-
-@dataclass(frozen=True)
-class EpochFigures:
-    """What one epoch came to. The validation figures are None where no row could be held out."""
-
-    epoch: int  # from 1
-    train_loss: float
-    validation_loss: float | None
-    validation_score: float | None  # METRIC
-
-
-@dataclass(frozen=True)
 class TeacherReport:
     """What `train_teacher` did. `best_epoch` is the one whose weights were kept."""
 
@@ -141,12 +86,13 @@ class TeacherReport:
     unlabelled_rows: int  # skipped
     truncated_rows: int  # cut to max_length tokens
     max_length: int
-    metric: str
+    metric: str  # accuracy, or of a language model perplexity: exp of the mean −log q(token) over the held-out targets
     best_epoch: int
     best_score: float | None
     epochs: list[EpochFigures]
     seconds: float
     weights_hash: str
+    short_rows: int = 0  # skipped: of a language model, texts without a token to predict
     reused: bool = False  # `out` already held this very teacher, so nothing was trained
 
 
@@ -313,31 +259,22 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
 # ------------------------------------------------------------------------------------------------------ train
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The labelled rows, tokenised and split."""
-
-    train: list[TokenizedExample]
-    held: list[TokenizedExample]
-    unlabelled: int
-    truncated: int
-    max_length: int
-
-
 def train_teacher(
     corpus: Corpus, *, model: str, out: Path, options: TeacherOptions, validation: Corpus | None = None
 ) -> TeacherReport:
-    """Fine-tune `model` (folder or hub name) on the labelled rows of `corpus`, and write a teacher to `out`.
+    """Train `model` (folder or hub name) for `options.task` on the rows of `corpus`, and write a teacher to `out`.
 
-    With `options.from_scratch` it starts from random weights, see `softlabels.scratch`.
-    The epoch with the best accuracy on `validation` is kept (of equals the one with the lower loss). Without
-    `validation`, a share of each class of `corpus` is held out. The same call on the same machine gives the
-    same weights; where `out` already holds that teacher, nothing is trained. TeacherError and CorpusError say
-    what does not fit.
+    A classifier learns from the labelled rows; a language model from every text, whatever its label: a masked one by
+    BERT's masking, which falls on other tokens in every epoch, see `softlabels.language_teacher`. With
+    `options.from_scratch` it starts from random weights, see `softlabels.scratch`.
+    The epoch with the best accuracy on `validation` is kept (of equals the one with the lower loss), or the best
+    perplexity, at masks that stay the same. Without `validation`, a share of each class of `corpus`, or of its texts,
+    is held out. The same call on the same machine gives the same weights; where `out` already holds that teacher,
+    nothing is trained. TeacherError and CorpusError say what does not fit.
     """
-    check_trainable(corpus)
+    names = _class_names(corpus, options)
     beginning = _find_beginning(model, options)
-    configuration = _configuration(corpus, beginning, options, validation)
+    configuration = _configuration(corpus, names, beginning, options, validation)
     earlier = _earlier(out, configuration)
     if earlier is not None:
         return earlier
@@ -345,31 +282,42 @@ def train_teacher(
     device = _pick_device(options.device)
     with torch.random.fork_rng(), _renamed_last(out) as unfinished:
         torch.manual_seed(options.seed)
-        network, tokenizer = _prepare_model(beginning, corpus.label_names or [], options)
-        rows = _prepare_rows(corpus, validation, tokenizer, network.config, options)
+        network, tokenizer = _prepare_model(beginning, names, options)
+        max_length = resolve_max_length(options.max_length, tokenizer, network.config)
+        prepare = _prepare_rows if options.task == "sequence-classification" else prepare_texts
+        rows = prepare(corpus, validation, tokenizer, max_length=max_length, options=options)
         network.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` has the wrong type
-        epochs, best = _fit(network, rows, tokenizer.pad_token_id, options)
+        epochs, best = fit(network, rows, tokenizer.pad_token_id, options)
         reset_tokenizer(tokenizer)
         with quiet_transformers():
             network.eval().cpu().save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         report = TeacherReport(
             out=out,
-            label_names=list(corpus.label_names or []),
+            label_names=names,
             train_rows=len(rows.train),
             validation_rows=len(rows.held),
             unlabelled_rows=rows.unlabelled,
             truncated_rows=rows.truncated,
             max_length=rows.max_length,
-            metric=METRIC,
+            metric=METRICS[options.task],
             best_epoch=best.epoch,
             best_score=best.validation_score,
             epochs=epochs,
             seconds=round(time.monotonic() - start, 2),
             weights_hash=hash_weights(unfinished),
+            short_rows=rows.short,
         )
         _write_teacher_json(unfinished, model, corpus, configuration, report)
     return report
+
+
+def _class_names(corpus: Corpus, options: TeacherOptions) -> list[str]:
+    """What a classifier is to tell apart, CorpusError where that is too little; of a language model nothing."""
+    if options.task != "sequence-classification":
+        return []
+    check_trainable(corpus)
+    return list(corpus.label_names or [])
 
 
 def _find_beginning(model: str, options: TeacherOptions) -> Path | Blank:
@@ -385,25 +333,33 @@ def _find_beginning(model: str, options: TeacherOptions) -> Path | Blank:
 
 
 def _prepare_model(
-    folder: Path | Blank, label_names: list[str], options: TeacherOptions
+    beginning: Path | Blank, label_names: list[str], options: TeacherOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model under a head for `label_names`, or a new one, and its tokenizer."""
-    if isinstance(folder, Blank):
-        return build_blank(folder, label_names), folder.tokenizer
-    config = _load_config(folder, options.trust_remote_code)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: index for index, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
-    network, _ = _load_model(
-        folder,
+    """The pretrained model under the head of its task, or a new one, and its tokenizer."""
+    if isinstance(beginning, Blank):
+        check_tokenizer(options.task, beginning.tokenizer)
+        return build_blank(beginning, label_names, task=options.task), beginning.tokenizer
+    config = _load_config(beginning, options.trust_remote_code)
+    tokenizer = load_tokenizer(beginning, trust_remote_code=options.trust_remote_code)
+    check_tokenizer(options.task, tokenizer)
+    classifier = options.task == "sequence-classification"
+    if classifier:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: index for index, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+    else:
+        fit_config(config, options.task, beginning)
+    network, missing = _load_model(
+        beginning,
         config=config,
-        task="sequence-classification",
+        task=options.task,
         trust_remote_code=options.trust_remote_code,
         dtype=torch.float32,
-        new_head=True,
+        new_head=classifier,
     )
-    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
-    _fit_tokenizer(network, tokenizer, folder)
+    if not classifier:
+        check_body(network, missing, beginning)
+    _fit_tokenizer(network, tokenizer, beginning)
     return network, tokenizer
 
 
@@ -411,179 +367,40 @@ def _prepare_rows(
     corpus: Corpus,
     validation: Corpus | None,
     tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    *,
+    max_length: int,
     options: TeacherOptions,
-) -> _Rows:
-    """Tokenise the labelled rows of both corpora; hold some out where there is no validation corpus."""
-    max_length = resolve_max_length(options.max_length, tokenizer, config)
+) -> Rows:
+    """The labelled rows of both corpora, tokenised; some are held out where there is no validation corpus."""
     names = corpus.label_names or []
 
-    def labelled(source: Corpus) -> tuple[list[TokenizedExample], int]:
+    def labelled(source: Corpus) -> Tokenized:
         labels = encode_labels(source.examples, names)
         pairs = [(e, label) for e, label in zip(source.examples, labels, strict=True) if label != NO_LABEL]
-        done = tokenize(tokenizer, [e for e, _ in pairs], max_length=max_length, labels=[label for _, label in pairs])
-        return done.examples, done.truncated
+        return tokenize(tokenizer, [e for e, _ in pairs], max_length=max_length, labels=[label for _, label in pairs])
 
-    rows, truncated = labelled(corpus)
-    unlabelled = len(corpus.examples) - len(rows)
+    found = labelled(corpus)
+    unlabelled = len(corpus.examples) - len(found.examples)
     if validation is None:
-        held = hold_out([row.label for row in rows], fraction=options.validation_fraction, seed=options.seed)
-        train = [row for index, row in enumerate(rows) if index not in held]
-        return _Rows(train, [rows[index] for index in sorted(held)], unlabelled, truncated, max_length)
-    held_rows, held_truncated = labelled(validation)
-    if not held_rows:
+        labels = [row.label for row in found.examples]
+        held = hold_out(labels, fraction=options.validation_fraction, seed=options.seed)
+        train, held_rows = split_rows(found.examples, held)
+        return Rows(train, held_rows, found.truncated, max_length, unlabelled)
+    theirs = labelled(validation)
+    if not theirs.examples:
         raise TeacherError(f"the validation corpus {validation.source} has no labelled row to score the teacher on")
-    return _Rows(rows, held_rows, unlabelled, truncated + held_truncated, max_length)
-
-
-def hold_out(labels: Sequence[int], *, fraction: float, seed: int) -> set[int]:
-    """Row numbers to validate on: `fraction` of each class, at least one row of every class that has two."""
-    if fraction == 0:
-        return set()
-    generator, classes, held = np.random.default_rng(seed), np.asarray(labels), []
-    for label in np.unique(classes):
-        rows = generator.permutation(np.flatnonzero(classes == label))
-        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        held.extend(rows[:count].tolist())
-    return set(held)
-
-
-def _fit(
-    network: PreTrainedModel, rows: _Rows, pad_token_id: int, options: TeacherOptions
-) -> tuple[list[EpochFigures], EpochFigures]:
-    """Train `network`, and leave the best epoch's weights in it: every epoch's figures, and the best's."""
-    lengths = [len(row.input_ids) for row in rows.train]
-    total = options.epochs * math.ceil(len(rows.train) / options.batch_size)
-    optimizer, schedule = _optimizer(network, options, steps=total)
-    epochs: list[EpochFigures] = []
-    best: EpochFigures | None = None
-    weights: dict[str, torch.Tensor] = {}
-    with progress(options.epochs * len(rows.train), description="teacher", unit="rows") as update:
-        for epoch in range(1, options.epochs + 1):
-            network.train()
-            loss_sum = 0.0
-            seed = (options.seed, epoch)
-            for batch in shuffled_batches(lengths, batch_size=options.batch_size, rng=np.random.default_rng(seed)):
-                inputs = [rows.train[index] for index in batch]
-                loss = _step(network, inputs, pad_token_id, options, optimizer, schedule)
-                loss_sum += loss * len(batch)
-                update(len(batch), epoch=epoch, loss=loss)
-            figures = _score(network, rows.held, pad_token_id, options, epoch, loss_sum / len(rows.train))
-            epochs.append(figures)
-            if best is None or _rank(figures) > _rank(best):
-                best = figures
-                if rows.held and epoch < options.epochs:
-                    weights = {key: value.to("cpu", copy=True) for key, value in network.state_dict().items()}
-    assert best is not None
-    if best.epoch < options.epochs:
-        network.load_state_dict(weights)
-    return epochs, best
-
-
-def _rank(figures: EpochFigures) -> tuple[float, float, int]:
-    """Larger is better: the score, then the lower loss; without validation, the later epoch."""
-    if figures.validation_score is None or figures.validation_loss is None:
-        return (0.0, 0.0, figures.epoch)
-    return (figures.validation_score, -figures.validation_loss, -figures.epoch)
-
-
-def _optimizer(
-    network: PreTrainedModel, options: TeacherOptions, *, steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW, without decay on biases and norms; the rate rises linearly, then falls linearly to 0."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
-    warm = max(1, round(options.warmup * steps))
-
-    def rate(step: int) -> float:
-        return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
-@contextmanager
-def _compute_precision(options: TeacherOptions, device: torch.device) -> Iterator[None]:
-    """How a forward and backward pass computes; the weights and the optimizer are float32 in any case.
-
-    'fast' rounds the inputs of matrix products where the processor has units for that (bfloat16 on a CPU with
-    AMX or AVX512-BF16, TF32 on a GPU) and is as 'float32' elsewhere. 'bfloat16' is autocast.
-    """
-    fast = options.precision == "fast" and (device.type == "cuda" or _cpu_has_bfloat16())
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if fast else "highest")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _cpu_has_bfloat16() -> bool:
-    # without such units torch would emulate bfloat16, slower than float32; torch has no public check yet
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
-
-
-def _step(
-    network: PreTrainedModel,
-    inputs: list[TokenizedExample],
-    pad_token_id: int,
-    options: TeacherOptions,
-    optimizer: torch.optim.AdamW,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> float:
-    """One step of the optimizer; the batch's mean loss. A step that is not finite is never taken."""
-    batch = pad_batch(inputs, pad_token_id=pad_token_id).to(network.device)
-    with _compute_precision(options, network.device):
-        logits = network(**batch.model_inputs()).logits.float()  # (B, C)
-        loss = functional.cross_entropy(logits, batch.labels)
-        loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise TeacherError(
-            f"the teacher's training broke down at step {schedule.last_epoch + 1}: the loss is "
-            f"{loss.item():.3g}, the gradient's norm {norm.item():.3g}; try a lower --lr than {options.lr:g}"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def _score(
-    network: PreTrainedModel,
-    rows: list[TokenizedExample],
-    pad_token_id: int,
-    options: TeacherOptions,
-    epoch: int,
-    train_loss: float,
-) -> EpochFigures:
-    """The epoch's figures on the held-out `rows`."""
-    if not rows:
-        return EpochFigures(epoch, train_loss, None, None)
-    network.eval()
-    loss = right = 0.0
-    for indices in batches_by_length([len(row.input_ids) for row in rows], batch_size=_EVAL_ROWS):
-        batch = pad_batch([rows[index] for index in indices], pad_token_id=pad_token_id).to(network.device)
-        with _compute_precision(options, network.device):
-            logits = network(**batch.model_inputs()).logits.float()  # (B, C)
-        loss += functional.cross_entropy(logits, batch.labels, reduction="sum").item()
-        right += (logits.argmax(-1) == batch.labels).sum().item()
-    if not math.isfinite(loss):
-        raise TeacherError(f"after epoch {epoch} the validation loss is {loss}; try a lower --lr than {options.lr:g}")
-    return EpochFigures(epoch, train_loss, loss / len(rows), right / len(rows))
+    return Rows(found.examples, theirs.examples, found.truncated + theirs.truncated, max_length, unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
 
 
 def _configuration(
-    corpus: Corpus, beginning: Path | Blank, options: TeacherOptions, validation: Corpus | None
+    corpus: Corpus,
+    label_names: list[str],
+    beginning: Path | Blank,
+    options: TeacherOptions,
+    validation: Corpus | None,
 ) -> dict[str, Any]:
     """What decides the teacher's weights, beside the machine and the versions."""
     other = ("device", "trust_remote_code", "tokenizer", "options")  # the last two are in the model's identity
@@ -592,7 +409,7 @@ def _configuration(
         "model": beginning.identity if isinstance(beginning, Blank) else hash_weights(beginning),
         "corpus": corpus.hash,
         "validation": None if validation is None else validation.hash,
-        "label_names": list(corpus.label_names or []),
+        "label_names": label_names,
         **settings,
     }
 
