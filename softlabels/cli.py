@@ -725,7 +725,7 @@ def verify(
             live,
             rows=200 if rows is None else rows,
             seed=seed or 0,
-            corpus=None if corpus is None else _read_images(corpus, split, text),
+            corpus=None if corpus is None else _read_images(cache, corpus, split=split, text=text),
             fields=field or None,
             trust_remote_code=trust_remote_code,
             cpu=cpu,
@@ -746,11 +746,15 @@ def verify(
         raise typer.Exit(2)
 
 
-def _read_images(corpus: str, split: str | None, column: str | None) -> Corpus:
+def _read_images(cache: Path, corpus: str, *, split: str | None, text: str | None) -> Corpus:
+    """What `cache` was dumped from; ConfigError where that was no images."""
+    from softlabels.cache.format import read_manifest
     from softlabels.corpus import read_corpus
     from softlabels.types import IMAGES
 
-    return read_corpus(corpus, split=split, text=column, task=IMAGES)
+    if read_manifest(cache).teacher.task != IMAGES:
+        raise ConfigError(f"--corpus is for caches of images: cache {cache} holds the tokens that its teacher read")
+    return read_corpus(corpus, split=split, text=text, task=IMAGES)
 
 
 def _verify_live(

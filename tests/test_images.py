@@ -398,6 +398,12 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--cpu"])
     assert done.exit_code == 0, done.output
     assert whole(tmp_path / "c").rows == 11
+    command = ["verify", str(tmp_path / "c"), "--live", str(folder / "vit"), "--corpus", str(folder / "images.csv")]
+    done = CliRunner().invoke(app, [*command, "--cpu"])
+    assert done.exit_code == 0 and "every field is what its teacher says" in done.output
+    command = ["plan", str(folder / "images.csv"), "--teacher", str(folder / "vit"), "--cpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "images opened" in done.output
 
 
 # ------------------------------------------------------------------------------ what is done with a corpus, and a cache

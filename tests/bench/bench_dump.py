@@ -12,6 +12,10 @@ script   the usual script: corpus order, 32 rows padded to 128 tokens, eager att
          batch's logits, hidden states and last maps to torch.save; against a dump of the same signals (2.5x).
 memory   the largest resident size of a process that dumps 2,000 rows, and of one that dumps 20,000.
 
+At full size (no options) each part takes its 1,024 rows (script: an eighth of them for the slow one) five times a
+contestant; its figures mean something on a machine that does nothing else: its load is printed first, and every turn
+beside the median. `--only logits --rows 64 --turns 1` tries in half a minute whether it runs.
+
 Contestants take turns; a figure is the median. The dump's clock runs from the first shard to the last receipt; what
 comes before it (loading and hashing the teacher) is said beside it.
 """
@@ -50,6 +54,7 @@ SST2 = Path(__file__).parents[3] / "shared" / "corpora" / "sst2"
 CAPTURES = {"logits": ["logits"], "all": ["logits", "hidden:all", "qkv:6"]}
 SHARD_ROWS, BATCH_TOKENS = 128, 2048  # several batches of each shard, also of few rows
 SCRIPT_BATCH, SCRIPT_LENGTH = 32, 128
+PARTS = ("logits", "script", "memory")
 
 
 def teacher_folder(folder: Path) -> Path:
@@ -272,12 +277,14 @@ def run_memory(folder: Path, *, turns: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="logits,script,memory", help="some of them, with commas")
-    parser.add_argument("--rows", type=int, default=None, help="of the corpus; by default 1,024")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=None, help="where the data go; deleted afterwards")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of these, with commas: %(default)s")
+    parser.add_argument("--rows", type=int, default=1024, help="of the corpus, for logits and script (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="of each contestant (%(default)s; memory: at most 3)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (%(default)s); memory is of the CPU")
+    parser.add_argument("--folder", type=Path, default=None, help="where the data go, by default /tmp; deleted after")
     given = parser.parse_args()
+    if unknown := set(given.only.split(",")) - set(PARTS):
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s) of torch "
         f"{torch.__version__}"
@@ -286,9 +293,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder = Path(name)
             if part == "logits":
-                run_logits(folder, rows=given.rows or 1024, turns=given.turns, device=given.device)
+                run_logits(folder, rows=given.rows, turns=given.turns, device=given.device)
             elif part == "script":
-                run_script(folder, rows=given.rows or 1024, turns=given.turns, device=given.device)
+                run_script(folder, rows=given.rows, turns=given.turns, device=given.device)
             else:
                 print(f"growth beside what was written: {run_memory(folder, turns=min(given.turns, 3)):.3f}")
 
