@@ -287,8 +287,9 @@ def _stage(under: str, name: str) -> str:
 def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
     """The student of an earlier distillation; its seconds are those of everything that it took."""
     under = "pretrain"
-    task = teacher_task(recipe.teacher.model, recipe.dump.task) if recipe.teacher.train is None else None
-    corpora = _Corpora(recipe.corpus, recipe.teacher, task or "sequence-classification")
+    tuning = recipe.teacher.train
+    task = tuning.task if tuning is not None else teacher_task(recipe.teacher.model, recipe.dump.task)
+    corpora = _Corpora(recipe.corpus, recipe.teacher, task)
     teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu, under=under)
     cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu, under=under)
     starts = _Starts(base=recipe.teacher.model, teacher=teacher)

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,7 @@ def main() -> None:
             unique = {job.name: job for job in jobs}
             found: dict[str, dict[str, Any]] = {}
             began = time.monotonic()
-            with ProcessPoolExecutor(max_workers=given.jobs) as pool:
+            with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:  # torch's threads don't fork
                 waiting = {pool.submit(run_job, job, str(folder)): job for job in unique.values()}
                 for future in as_completed(waiting):
                     job = waiting[future]
