@@ -165,8 +165,9 @@ def _load_with_head(
             f"{name}: this model has no trained classification head ({shown} would be random): "
             f"fine-tune it with softlabels train-teacher, and dump the folder that it writes"
         )
+    how = f" with softlabels train-teacher --task {task}" if task in METRICS else ""
     raise TeacherError(
-        f"{name}: this model has no trained head for {task} ({shown} would be random): fine-tune it first"
+        f"{name}: this model has no trained head for {task} ({shown} would be random): fine-tune it first{how}"
     )
 
 

@@ -50,10 +50,10 @@ class Task:
 
 
 TASKS = {
-    "sst2": Task(labelled=1500, unlabelled=4500, test=1821, epochs=3),
-    "banking77": Task(labelled=2500, unlabelled=3500, test=2000, epochs=8),
-    "twitter_financial_sentiment": Task(labelled=1500, unlabelled=4500, test=2000, epochs=4),
-    "tnews": Task(labelled=6000, unlabelled=2000, test=2000, epochs=5, chinese=True),
+    "sst2": Task(labelled=1000, unlabelled=2000, test=1821, epochs=3),
+    "twitter_financial_sentiment": Task(labelled=1000, unlabelled=2000, test=2000, epochs=4),
+    "banking77": Task(labelled=1500, unlabelled=1500, test=2000, epochs=10),
+    "tnews": Task(labelled=4000, unlabelled=1000, test=2000, epochs=6, chinese=True),
 }
 SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
 NO_START = ("init_from", "init_layers")
@@ -207,8 +207,8 @@ def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folde
     return options
 
 
-def run_job(job: Job, folder: str) -> dict[str, Any]:
-    """Train and score one student, in a process of its own."""
+def run_job(job: Job, folder: str, until: float) -> dict[str, Any] | None:
+    """Train and score one student, in a process of its own; None where it would start after `until`."""
     import torch
 
     from softlabels.cache import open_cache
@@ -223,6 +223,8 @@ def run_job(job: Job, folder: str) -> dict[str, Any]:
     result = place / "results" / f"{job.name}.json"
     if result.exists():
         return json.loads(result.read_text())
+    if time.time() > until:
+        return None
     options = StudentOptions.model_validate(job.options)
     out = place / "runs" / job.name
     with quiet():
@@ -257,7 +259,7 @@ def print_task(name: str, cost: dict[str, Any], jobs: list[Job], found: dict[str
     )
     print(
         f"{'recipe':<24}{'student':<14}{'acc soft':>9}{'±':>5}{'acc hard':>9}{'F1 soft':>9}{'F1 hard':>9}{'closed':>8}"
-        f"{'agree':>7}{'parameters':>12}{'ms':>7}{'train s':>9}"
+        f"{'agree':>7}{'parameters':>12}{'ms':>7}{'train s':>9}{'seeds':>6}"
     )
     gains: dict[str, Any] = {}
     for recipe, student in dict.fromkeys((job.recipe, job.student) for job in jobs):
@@ -274,7 +276,7 @@ def print_task(name: str, cost: dict[str, Any], jobs: list[Job], found: dict[str
             f"{recipe:<24}{student:<14}{100 * acc:>9.1f}{100 * spread:>5.1f}{100 * twin:>9.1f}"
             f"{100 * mean_of(soft, 'macro_f1'):>9.1f}{100 * mean_of(hard, 'macro_f1'):>9.1f}{closed:>8.0%}"
             f"{100 * mean_of(soft, 'agreement'):>7.1f}{soft[0]['parameters']:>12,}{mean_of(soft, 'ms'):>7.2f}"
-            f"{mean_of(soft, 'seconds'):>9.1f}",
+            f"{mean_of(soft, 'seconds'):>9.1f}{len(soft):>6}",
             flush=True,
         )
     return gains
@@ -287,6 +289,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=None, help="what is made stays there, and a broken run goes on")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no student after so many minutes a task")
     parser.add_argument("--small", action="store_true", help="a few hundred rows: to see that it runs")
     given = parser.parse_args()
     if not (CORPORA / "sst2").is_dir():
@@ -309,15 +312,18 @@ def main() -> None:
             classes = len({str(row["label"]) for row in map(json.loads, (folder / name / "train.jsonl").open())})
             wanted = [r for r in recipes if classes >= DKD_NEEDS or r not in ("dkd", "dist")]
             jobs = list(jobs_of(name, task, wanted, given.seeds, folder / name, 4 if given.small else 1))
-            unique = {job.name: job for job in jobs}
+            # seed by seed: what a limit of time cuts off is the last seeds, not the last recipes
+            unique = {job.name: job for job in sorted(jobs, key=lambda job: job.seed)}
             found: dict[str, dict[str, Any]] = {}
             began = time.monotonic()
             with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:  # torch's threads don't fork
-                waiting = {pool.submit(run_job, job, str(folder)): job for job in unique.values()}
+                until = time.time() + 60 * given.minutes
+                waiting = {pool.submit(run_job, job, str(folder), until): job for job in unique.values()}
                 for future in as_completed(waiting):
                     job = waiting[future]
                     try:
-                        found[job.name] = future.result()
+                        if (figures := future.result()) is not None:
+                            found[job.name] = figures
                     except Exception as error:  # one student that can't be trained doesn't end the others
                         print(f"{name} {job.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             print(
