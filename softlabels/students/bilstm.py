@@ -33,7 +33,16 @@ from softlabels.students.recurrent import (
     make_embedding,
     map_tokens,
 )
-from softlabels.students.texts import Pairs, Words, find_pairs, gather_words, second_text, separator_ids, special_ids
+from softlabels.students.texts import (
+    Pairs,
+    Words,
+    find_pairs,
+    gather_words,
+    mask_ids,
+    second_text,
+    separator_ids,
+    special_ids,
+)
 
 
 class BiLSTMOptions(RecurrentOptions):
@@ -122,7 +131,7 @@ def build(spec: StudentSpec) -> BiLSTMStudent:
         BiLSTMConfig,
         spec,
         options,
-        token_map=map_tokens(spec, special=special_ids(spec)),
+        token_map=map_tokens(spec, special=special_ids(spec), unknown=mask_ids(spec)),
         settings={"pairs": find_pairs(spec), "separator_ids": separator_ids(spec)},
     )
 

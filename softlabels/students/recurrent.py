@@ -116,13 +116,13 @@ class CompactEmbedding(nn.Module):
                     channel.copy_(table)
 
 
-def map_tokens(spec: StudentSpec, *, special: Sequence[int] = ()) -> np.ndarray:
+def map_tokens(spec: StudentSpec, *, special: Sequence[int] = (), unknown: Sequence[int] = ()) -> np.ndarray:
     """The row of every token id (V,) int32: see `CompactEmbedding`. `special` ids are no words to the student.
 
-    The tokenizer's own unknown token shares the unknown row, which is so trained where the training rows
-    have it.
+    The tokenizer's own unknown token and other `unknown` ids share the unknown row, which is so trained where the
+    training rows have them.
     """
-    unknown = [] if spec.unk_token_id is None else [spec.unk_token_id]
+    unknown = [*unknown, *([] if spec.unk_token_id is None else [spec.unk_token_id])]
     known = spec.used_ids[~np.isin(spec.used_ids, [*unknown, *special])]
     token_map = np.full(spec.vocab_size, UNKNOWN_ROW, dtype=np.int32)
     token_map[[spec.pad_token_id, *special]] = PAD_ROW

@@ -30,12 +30,18 @@ class Words:
 
 
 def special_ids(spec: StudentSpec) -> list[int]:
-    """The ids that stand for no word: [CLS], [SEP] and the like, and padding. [UNK] and [MASK] are words."""
+    """The ids that stand for no word: [CLS], [SEP] and the like, and padding. [UNK] and [MASK] stand for one."""
     if spec.tokenizer is None:
         return []
     tokenizer = spec.tokenizer()
     special = {tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, *separator_ids(spec)}
     return sorted(special - {None, tokenizer.unk_token_id, tokenizer.mask_token_id})
+
+
+def mask_ids(spec: StudentSpec) -> list[int]:
+    """The id of [MASK]: where augmentation masks a word, it is unknown to the student (Tang et al. 2019)."""
+    number = None if spec.tokenizer is None else spec.tokenizer().mask_token_id
+    return [] if number is None else [number]
 
 
 def separator_ids(spec: StudentSpec) -> list[int]:
@@ -91,6 +97,7 @@ def gather_words(rows: Tensor, words: Tensor) -> Words:
     lengths = words.sum(1)
     places = torch.where(words, words.cumsum(1) - 1, longest)  # what is no word falls into a last column
     gathered = rows.new_zeros(len(rows), longest + 1).scatter(1, places, rows)[:, :longest]
-    if not torch.compiler.is_compiling():  # an exported graph's shapes can't follow from its values
+    # an exported graph's shapes can't follow from its values
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         gathered = gathered[:, : max(int(lengths.max()), 1)]
     return Words(gathered, lengths)

@@ -30,7 +30,7 @@ from softlabels.students.recurrent import (
     make_embedding,
     map_tokens,
 )
-from softlabels.students.texts import special_ids
+from softlabels.students.texts import mask_ids, special_ids
 
 
 class WordAverageOptions(RecurrentOptions):
@@ -93,7 +93,7 @@ class WordAverageStudent(PreTrainedModel):
 def build(spec: StudentSpec) -> WordAverageStudent:
     """A new BiLSTM over mean word vectors for `spec`."""
     options = read_options(WordAverageOptions, spec, student="word_average")
-    token_map = map_tokens(spec, special=special_ids(spec))
+    token_map = map_tokens(spec, special=special_ids(spec), unknown=mask_ids(spec))
     return build_recurrent(WordAverageStudent, WordAverageConfig, spec, options, token_map=token_map)
 
 
