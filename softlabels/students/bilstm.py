@@ -33,7 +33,15 @@ from softlabels.students.recurrent import (
     make_embedding,
     map_tokens,
 )
-from softlabels.students.texts import Pairs, Words, find_pairs, gather_words, second_text, separator_ids, special_ids
+from softlabels.students.texts import (
+    Pairs,
+    Words,
+    find_pairs,
+    gather_words,
+    second_text,
+    separator_ids,
+    special_ids,
+)
 
 
 class BiLSTMOptions(RecurrentOptions):

@@ -30,7 +30,7 @@ class Words:
 
 
 def special_ids(spec: StudentSpec) -> list[int]:
-    """The ids that stand for no word: [CLS], [SEP] and the like, and padding. [UNK] and [MASK] are words."""
+    """The ids that stand for no word: [CLS], [SEP] and the like, and padding. [UNK] and [MASK] stand for one."""
     if spec.tokenizer is None:
         return []
     tokenizer = spec.tokenizer()
@@ -91,6 +91,7 @@ def gather_words(rows: Tensor, words: Tensor) -> Words:
     lengths = words.sum(1)
     places = torch.where(words, words.cumsum(1) - 1, longest)  # what is no word falls into a last column
     gathered = rows.new_zeros(len(rows), longest + 1).scatter(1, places, rows)[:, :longest]
-    if not torch.compiler.is_compiling():  # an exported graph's shapes can't follow from its values
+    # an exported graph's shapes can't follow from its values
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         gathered = gathered[:, : max(int(lengths.max()), 1)]
     return Words(gathered, lengths)

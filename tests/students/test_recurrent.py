@@ -54,6 +54,7 @@ def spec_for(
         label_names=list(LABEL_NAMES),
         vocab_size=len(tokenizer),
         pad_token_id=0,
+        mask_token_id=tokenizer.mask_token_id,
         unk_token_id=1,
         max_length=64,
         used_ids=np.unique(np.concatenate([row.input_ids for row in rows])),
@@ -166,9 +167,14 @@ def test_special_tokens_are_no_words():
     spec, _ = spec_for(tokenizer, SINGLES, **SMALL)
     token_map = build(spec).embedding.token_map
     assert token_map[:5].tolist() == [0, 1, 0, 0, 1]  # [PAD] [UNK] [CLS] [SEP] [MASK]
-    with_masks = [Example("0", "the [MASK] rain"), *SINGLES]
-    spec, _ = spec_for(tokenizer, with_masks, **SMALL)
-    assert build(spec).embedding.token_map[4] > 1
+    with_masks = [Example("0", "the [MASK] rain"), *SINGLES]  # as augmentation leaves them
+    for kind in ("bilstm", "word_average"):
+        spec, tokens = spec_for(tokenizer, with_masks, **SMALL)
+        student = build(spec, kind)
+        assert student.embedding.token_map[4] == 1  # unknown, and not left out
+        whole = answer(student, tokens)[0]
+        without = replace(tokens, attention_mask=tokens.attention_mask * (tokens.input_ids != 4))
+        assert not torch.allclose(answer(student, without)[0], whole)
 
 
 @pytest.mark.parametrize(
