@@ -130,7 +130,19 @@ def run_recipe(
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
         results = [
-            (entry, _student(entry, stages, corpora, cache=cache, test=test, starts=starts, cpu=cpu))
+            (
+                entry,
+                _student(
+                    entry,
+                    stages,
+                    corpora,
+                    cache=cache,
+                    test=test,
+                    starts=starts,
+                    pretrain=recipe.pretrain,
+                    cpu=cpu,
+                ),
+            )
             for entry in recipe.students
         ]
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
@@ -149,6 +161,9 @@ class _Made:
     found: dict[str, Any]
 
 
+_STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
+
+
 @dataclass(frozen=True, slots=True)
 class _Starts:
     """What a student's `init_from` may name."""
@@ -161,7 +176,7 @@ class _Starts:
 def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
-        check_options(_options(entry, "soft", entry.seeds[0]))
+        check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
     if recipe.corpus.test is None and recipe.corpus.test_source is None:
         raise ConfigError(
             f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
@@ -309,13 +324,14 @@ def _student(
     cache: _Made,
     test: _Made,
     starts: _Starts,
+    pretrain: Pretraining | None,
     cpu: bool,
 ) -> dict[str, list[dict[str, Any]]]:
     """The evaluations of a student and of its hard-label twin, one a seed each."""
     found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
     for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
         for seed in entry.seeds:
-            options = _started(_options(entry, kind, seed), starts)
+            options = _started(_options(entry, kind, seed, pretrain), starts)
             name = f"{entry.name}-{kind}-seed{seed}"
             run = stages.out / "students" / name
             pretrained = starts.pretrained.key if starts.pretrained and kind == "soft" else None
@@ -330,19 +346,19 @@ def _student(
     return found
 
 
-def _options(entry: StudentEntry, kind: str, seed: int) -> StudentOptions:
+def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | None) -> StudentOptions:
     """The options of a student, or of its twin: the same student, which learns from labels alone.
 
-    Where the student starts from what its teacher knows of the task, the twin starts from the pretrained model, and
-    where it starts from a distilled student, the twin starts from nothing.
+    Where the student starts from what its teacher knows of the task, the twin starts from the pretrained model; where
+    it starts from a distilled student, the twin is of that one's shape, and starts as that one did.
     """
     changes: dict[str, Any] = {"seed": seed}
     if kind == "hard":
         options = dict(entry.options)
+        if options.get("init_from") == PRETRAINED and pretrain is not None:
+            options = pretrain.student.options | {key: options[key] for key in options.keys() - _STARTS}
         if options.get("init_from") == TEACHER:
             options["init_from"] = BASE
-        elif options.get("init_from") == PRETRAINED:
-            options = {name: value for name, value in options.items() if name not in ("init_from", "init_layers")}
         changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
         changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
     common = {name: getattr(entry, name) for name in StudentOptions.model_fields}

@@ -341,3 +341,54 @@ def test_a_folder_is_run_by_one_process_at_a_time(place: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     with lock(tmp_path / "out"), pytest.raises(SoftlabelsError, match="being written by another process"):
         again(place, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------ pretraining, augmentation
+
+
+def test_students_are_pretrained_from_a_teacher_of_their_own(place: Path, tmp_path: Path) -> None:
+    """TinyBERT's order: layers of the pretrained model, then of the tuned teacher, then its predictions."""
+    sizes = {"layers": 1, "hidden_size": 16, "heads": 4}
+    layers = [{"loss": "hidden_mse", "map": "final", "project": "linear"}, {"loss": "value_relation", "map": "final"}]
+    common = {"student": "transformer", "batch_size": 16, "epochs": 1}
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text()) | {
+        "dump": {"capture": ["logits", "hidden:2", "qkv:2"]},
+        "augment": {"method": "deletion", "times": 1},
+        "pretrain": {
+            "corpus": {"source": str(place / "corpus"), "train": "unlabeled"},
+            "teacher": {"model": str(place / "base")},
+            "dump": {"capture": ["hidden:2", "qkv:2"]},
+            "student": common | {"options": sizes, "phases": [{"name": "general", "losses": layers}]},
+        },
+        "students": [
+            common
+            | {
+                "name": "tiny",
+                "options": {"init_from": "pretrained"},
+                "phases": [
+                    {"name": "intermediate", "losses": layers},
+                    {"name": "prediction", "losses": {"soft_cross_entropy": 1}},
+                ],
+            },
+            common | {"name": "half", "options": {"init_from": "base", "layers": 1}, "losses": {"kl": 1}},
+        ],
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    said: list[str] = []
+    result = run_recipe(read_recipe(str(file)), out=out, say=said.append, cpu=True)
+    assert said[:4] == ["teacher …", "augment …", "cache …", "cache-test …"]
+    assert said[4:6] == ["pretrain-cache …", "pretrain-student …"]
+    assert 50 < result.cache_rows <= 100  # the rows, and samples of them
+    general = read_record(out / "pretrain" / "student")
+    assert general.task == "sentence-embedding" and general.losses == {"hidden_mse": 1.0, "value_relation": 1.0}
+    soft, hard = (read_record(out / "students" / f"tiny-{kind}-seed0") for kind in ("soft", "hard"))
+    assert soft.options == {"init_from": str(out / "pretrain" / "student")}
+    assert hard.options == sizes and hard.losses == {"ce": 1.0}  # what was distilled is not the twin's
+    assert read_record(out / "students" / "half-hard-seed0").options["init_from"] == str(place / "base")
+    said.clear()
+    assert run_recipe(read_recipe(str(file)), out=out, say=said.append, cpu=True).skipped == len(
+        list((out / "stages").iterdir())
+    )
+    assert said == []
