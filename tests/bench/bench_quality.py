@@ -9,8 +9,9 @@ queries, keys and values, from which every recipe trains. The teacher is the dem
 of 6 layers, 192 wide, trained from nothing. Test rows whose text is also in the training split are left out.
 
 A recipe is as it lies in pipeline/, with these changes, so that one cache serves all: what it pretrains on a cache of
-its own is a phase before its others, from the task's cache (minilm, minilm-v2), or left out (tinybert, whose next phase
-has the same losses; distilbert, which needs a language model); nothing is augmented, for there are unlabelled rows; mobilebert's student is as deep and wide as MiniLM.
+its own is a phase before its others, from the task's cache (minilm, minilm-v2), or left out (tinybert, whose next
+phase has the same losses; distilbert, which needs a language model); nothing is augmented, for there are unlabelled
+rows; mobilebert's student is as deep and wide as MiniLM.
 
 The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
 trained on the labelled rows' labels alone, for as many epochs as its recipe says. With --folder a broken run goes on.
