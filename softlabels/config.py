@@ -240,7 +240,7 @@ class _Loader(yaml.SafeLoader):
     A date is a word.
     """
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class has it)
         first: [(tag, form) for tag, form in resolvers if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -396,9 +396,7 @@ def _check_losses(losses: Losses) -> Losses:
     if not losses:
         raise ValueError(f"no loss is given: choose from {', '.join((*LOSSES, *LAYER_LOSSES))}")
     if not any(parse_schedule(term.weight, what="weight").end for term in losses):
-        raise ValueError(
-            "every weight ends at 0, and what the losses are at the end chooses the best epoch: end above 0"
-        )
+        raise ValueError("every weight ends at 0, and the losses at the end choose the best epoch: let one end above 0")
     return losses
 
 

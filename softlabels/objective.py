@@ -250,9 +250,7 @@ def _own_temperature(term: LossTerm, phase: Phase, task: Task, *, what: str) -> 
     if isinstance(temperature, AdaptiveTemperature) and task in LANGUAGE_MODELS:
         raise ConfigError(f"{what}: '{temperature.rule}' adapts to a classifier's logits, and these are a vocabulary's")
     if isinstance(temperature, AdaptiveTemperature) and term.loss == "annealing_mse":
-        raise ConfigError(
-            f"{what} follows one temperature for all rows, such as '7:1:integer', not '{temperature.rule}'"
-        )
+        raise ConfigError(f"{what} has one temperature for all rows, such as '7:1:integer', not '{temperature.rule}'")
     return temperature
 
 
