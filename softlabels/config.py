@@ -15,10 +15,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from softlabels import __version__
 from softlabels.errors import ConfigError
@@ -85,7 +94,7 @@ _RULES = ("flsw", "cwsm")
 def parse_schedule(text: str | float, *, what: str) -> Schedule:
     """'3', '5:1', '5:1:cosine' or '0:1:linear:0.3' as a Schedule; ConfigError says what is wrong with the `what`."""
     parts = str(text).split(":")
-    form = f"a {what} is a number ('3'), a range ('5:1'), or a range with a shape ('5:1:cosine', '0:1:linear:0.3')"
+    form = "write a number ('3'), a range ('5:1'), or a range with a shape ('5:1:cosine', '0:1:linear:0.3')"
     if len(parts) > 4:
         raise ConfigError(f"{what} '{text}' has too many parts: {form}")
     try:
@@ -163,6 +172,9 @@ LAYER_LOSSES = (
 )
 
 
+MAPS = ("uniform", "skip", "last", "same", "final", "embeddings")  # held equal to softlabels.layer_maps.MAPS by a test
+
+
 def parse_losses(items: Sequence[str]) -> dict[str, float]:
     """`['kl=0.7', 'ce=0.3']` as `{'kl': 0.7, 'ce': 0.3}`; a bare name weighs 1."""
     losses: dict[str, float] = {}
@@ -215,25 +227,35 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value as YAML reads it, and 1e-4 as the number that it is (YAML 1.1 takes it for a word)."""
+    """A command-line value as YAML reads it; see `_Loader`."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _read_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         return text
-    return _numbers(value)
 
 
-_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+class _Loader(yaml.SafeLoader):
+    """YAML, but for what YAML 1.1 makes of numbers: 1e-4 is one, and 5:1 is a schedule, not 301 in base 60.
+
+    A date is a word.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class has it)
+        first: [(tag, form) for tag, form in resolvers if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, str) and _FLOAT.fullmatch(value):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,17})$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -306,8 +328,8 @@ class LossTerm(Strict):
     weight: float | str = 1.0  # or a schedule over the phase: '1:0', '0:1:linear:0.2'
     # of a loss on layers, student's to teacher's: a rule of softlabels.layer_maps, or pairs [[1, 2], [2, 4]]; for one
     # that compares two layers with each other, [[[1, 2], [2, 4]]] (student's two, teacher's two)
-    map: str | list[list[int]] | list[list[list[int]]] | None = None
-    depth: list[float] | Literal["sum", "mean"] = "sum"  # over the pairs of the map, or a weight for each
+    map: str | list[Any] | None = None
+    depth: str | list[float] = "sum"  # or 'mean', over the pairs of the map, or a weight for each
     project: Literal["linear", "relu", "tanh"] | None = None  # of the student's hidden states to the teacher's width
     share_projection: bool = False  # one for all pairs of the map
     project_lr: float = Field(default=1.0, gt=0)  # the projection's learning rate, as a multiple of the student's
@@ -318,6 +340,24 @@ class LossTerm(Strict):
     @classmethod
     def _temperature(cls, value: Any) -> str | None:
         return value if value is None else _temperature_text(value)
+
+    @field_validator("map", mode="before")
+    @classmethod
+    def _map(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in MAPS:
+            raise ValueError(f"no map '{value}': there are {', '.join(MAPS)}.{suggest(value, MAPS)}")
+        if not isinstance(value, str | list | None):
+            raise ValueError(f"a map is one of {', '.join(MAPS)}, or pairs such as [[1, 2], [2, 4]]; not {value!r}")
+        return value
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _depth(cls, value: Any) -> Any:
+        weights = value if isinstance(value, list) else []
+        numbers = [weight for weight in weights if isinstance(weight, int | float) and weight >= 0]
+        if value not in ("sum", "mean") and (len(numbers) < len(weights) or not any(numbers)):
+            raise ValueError("depth is sum, mean, or a weight for each pair of the map such as [1, 2], none below 0")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> LossTerm:
@@ -330,10 +370,17 @@ class LossTerm(Strict):
         for key in ("map", "depth", "project", "share_projection", "project_lr"):
             if self.loss not in LAYER_LOSSES and key in self.model_fields_set:
                 raise ValueError(f"loss '{self.loss}' is on logits: it has no '{key}'")
+        for key in ("share_projection", "project_lr"):
+            if self.project is None and getattr(self, key) != LossTerm.model_fields[key].default:
+                raise ValueError(f"'{key}' is about a projection: give 'project' (linear, relu or tanh) too")
         return self
 
 
-Losses = dict[str, float] | list[LossTerm]
+# told apart by what is written, so that a fault is told of what was meant
+Losses = Annotated[
+    Annotated[dict[str, float], Tag("<names>")] | Annotated[list[LossTerm], Tag("<terms>")],
+    Discriminator(lambda value: "<terms>" if isinstance(value, list) else "<names>"),
+]
 
 
 def loss_terms(losses: Losses) -> list[LossTerm]:
@@ -348,6 +395,8 @@ def _check_losses(losses: Losses) -> Losses:
         return check_losses(losses)
     if not losses:
         raise ValueError(f"no loss is given: choose from {', '.join((*LOSSES, *LAYER_LOSSES))}")
+    if not any(parse_schedule(term.weight, what="weight").end for term in losses):
+        raise ValueError("every weight ends at 0, and the losses at the end choose the best epoch: let one end above 0")
     return losses
 
 
@@ -372,10 +421,17 @@ class Phase(Strict):
     warmup: float | None = Field(default=None, ge=0, le=1)
     # parts of the student: 'embeddings', 'layers:1-3', 'head', or the start of parameters' names
     freeze: list[str] = []  # these do not learn
-    slow: dict[str, float] = {}  # these learn at a multiple of the rate
+    slow: dict[str, Annotated[float, Field(gt=0)]] = {}  # these learn at a multiple of the rate
     # this phase once for each pair of its losses' maps, from the lowest up, layers below frozen (or at this multiple
     # of the learning rate)
     progressive: bool | float = False
+
+    @field_validator("progressive")
+    @classmethod
+    def _progressive(cls, value: bool | float) -> bool | float:
+        if not isinstance(value, bool) and not 0 < value < 1:
+            raise ValueError(f"progressive is true, false, or a multiple of the learning rate under 1; not {value:g}")
+        return value
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -550,7 +606,7 @@ class StudentEntry(StudentOptions):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     hard_twin: bool = True
     hard_epochs: int | None = Field(default=None, ge=1)  # the twin sees fewer rows, and may need more epochs
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
 
 
 class Pretraining(Strict):
@@ -588,6 +644,19 @@ class Recipe(Strict):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two students are called '{doubled[0]}': give each a name of its own")
+        if self.pretrain is not None and self.pretrain.student.options.get("init_from") == PRETRAINED:
+            raise ValueError(f"the student of 'pretrain' can't start from '{PRETRAINED}', which is itself")
+        for student in self.students:
+            start, blank = student.options.get("init_from"), self.teacher.train and self.teacher.train.from_scratch
+            if blank and start == BASE:
+                raise ValueError(
+                    f"student '{student.name}' starts from '{BASE}', and this teacher is made from nothing"
+                )
+            if blank and start == TEACHER and student.hard_twin:
+                raise ValueError(
+                    f"the twin of student '{student.name}' would start from what the teacher was tuned from, which is "
+                    f"nothing: give it hard_twin: false"
+                )
         starting = [student.name for student in self.students if student.options.get("init_from") == PRETRAINED]
         if starting and self.pretrain is None:
             raise ValueError(f"student '{starting[0]}' starts from '{PRETRAINED}', and the recipe has no 'pretrain'")
@@ -597,16 +666,20 @@ class Recipe(Strict):
 def build_options(model: type[Strict], values: dict[str, Any], *, where: str):
     """`model(**values)`, or one ConfigError that lists every fault; `where` names the file or command."""
     try:
-        return model(**values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, where=where)) from None
+    except ConfigError as error:  # of a loss, a weight or a temperature
+        raise ConfigError(f"{where}: {error}") from None
+    except RecursionError:  # a YAML alias that holds itself
+        raise ConfigError(f"{where}: it is nested too deeply") from None
 
 
 def explain(error: ValidationError, *, where: str) -> str:
     """pydantic's faults as one readable message."""
     faults = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"])
+        place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))  # the tags of Losses
         text = fault["msg"].removeprefix("Value error, ")
         faults.append(f"{place}: {text}" if place else text)
     return f"{where}: " + "; ".join(faults)
@@ -634,11 +707,13 @@ def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
     """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`)."""
     path = find_recipe(name)
     try:
-        data = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
+        data = _read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"recipe {path} is not UTF-8 (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {path} is nested too deeply") from None
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     for key, value in parse_options(changes).items():
@@ -688,7 +763,7 @@ def _position(items: list, part: str, key: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     raise ConfigError(
         f"--set {key}: no entry '{part}'; there are {', '.join(str(n) for n in names)} or 0 to {len(items) - 1}"

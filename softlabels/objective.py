@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from softlabels.cache.reader import capture_of
 from softlabels.cache.vocab import VocabTeacher, open_vocab
 from softlabels.config import (
     AdaptiveTemperature,
+    DumpOptions,
     LossTerm,
     Phase,
     Schedule,
@@ -152,7 +154,8 @@ class Objective:
                 for index, (pair, weight) in enumerate(zip(term.pairs, term.depth, strict=True))
             ]
             return torch.stack(values).sum()
-        temperature = _temperature(term.temperature, student, teacher, progress)
+        # hard losses have none, and an adaptive one asks for the teacher's logits
+        temperature = 1.0 if term.loss in HARD else _temperature(term.temperature, student, teacher, progress)
         loss: Callable[..., Tensor] = (LANGUAGE_LOSSES if self.language else LOSSES)[term.loss]
         return loss(student, teacher, temperature=temperature, **options)
 
@@ -193,7 +196,9 @@ def build_objective(phase: Phase, cache: Cache, *, student_layers: int | None) -
     vocab = None
     if language and any(term.loss not in HARD and term.loss in LOSSES for term in terms):
         vocab = open_vocab(cache)
-    fields = _fields(terms, cache, language=language)
+    fields, lacking = _find_fields(terms, cache.fields.keys(), cache.teacher_config(), language=language)
+    if lacking:
+        raise CacheError(_what_is_lacking(lacking, cache))
     return Objective(terms, sorted({*fields, *(vocab.fields if vocab else ())}), language, vocab)
 
 
@@ -214,6 +219,8 @@ def _terms(phase: Phase, task: Task, student_layers: int | None, teacher_layers:
         if term.loss in LAYER_LOSSES:
             if student_layers is None:
                 raise ConfigError(f"{what} compares layers, and this student has none to look at: take a transformer")
+            if term.project is not None and not NEEDS[term.loss][0].startswith("hidden"):
+                raise ConfigError(f"{what} looks at no hidden states: it has nothing to 'project'")
             assert term.map is not None  # LossTerm asks for it
             pairs = tuple(map_layers(term.map, student=student_layers, teacher=teacher_layers(), what=what))
             if term.loss not in TWO_LAYERS and any(pair.then for pair in pairs):
@@ -242,11 +249,13 @@ def _own_temperature(term: LossTerm, phase: Phase, task: Task, *, what: str) -> 
     temperature = parse_temperature(term.temperature or phase.temperature)
     if isinstance(temperature, AdaptiveTemperature) and task in LANGUAGE_MODELS:
         raise ConfigError(f"{what}: '{temperature.rule}' adapts to a classifier's logits, and these are a vocabulary's")
+    if isinstance(temperature, AdaptiveTemperature) and term.loss == "annealing_mse":
+        raise ConfigError(f"{what} has one temperature for all rows, such as '7:1:integer', not '{temperature.rule}'")
     return temperature
 
 
 def _own_options(term: LossTerm, task: Task, *, what: str) -> dict[str, Any]:
-    """The loss's options, checked against its signature; a string is a schedule where a number is meant."""
+    """The loss's options, checked against its signature."""
     language = task in LANGUAGE_MODELS
     function = LAYER_LOSSES.get(term.loss) or (LANGUAGE_LOSSES if language else LOSSES)[term.loss]
     known = {
@@ -262,12 +271,28 @@ def _own_options(term: LossTerm, task: Task, *, what: str) -> dict[str, Any]:
     lacking = [name for name in lacking if name not in term.options]
     if lacking:
         raise ConfigError(f"{what} needs option '{lacking[0]}': write options: {{{lacking[0]}: …}}")
-    return {
-        name: parse_schedule(value, what=f"option '{name}'")
-        if isinstance(value, str) and not isinstance(known[name].default, str)
-        else value
-        for name, value in term.options.items()
-    }
+    kinds = get_type_hints(function)
+    return {name: _option(value, kinds[name], what=f"{what}, option '{name}'") for name, value in term.options.items()}
+
+
+def _option(value: Any, kind: Any, *, what: str) -> Any:
+    """`value` for a parameter of type `kind`: a word, a whole number, true or false, or a number or its schedule."""
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in kinds:
+            raise ConfigError(f"{what} is one of {', '.join(kinds)}; not {value!r}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{what} is true or false; not {value!r}")
+        return value
+    if int in (kind, *kinds):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{what} is a whole number; not {value!r}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ConfigError(f"{what} is a number, or a schedule such as '0:1'; not {value!r}")
+    return parse_schedule(value, what=what)
 
 
 def _depth(term: LossTerm, pairs: Sequence[LayerPair], *, what: str) -> tuple[float, ...]:
@@ -281,9 +306,24 @@ def _depth(term: LossTerm, pairs: Sequence[LayerPair], *, what: str) -> tuple[fl
 # ------------------------------------------------------------------------------------------- what a cache must hold
 
 
-def _fields(terms: Sequence[Term], cache: Cache, *, language: bool) -> set[str]:
-    """The fields of the cache that the terms look at; CacheError with the command that adds those it lacks."""
-    plain = cache.teacher_config().get("model_type") in PLAIN_ATTENTION and not cache.teacher_config().get("is_decoder")
+def refuse_lacking(
+    terms: Sequence[Term], fields: Set[str], teacher_config: Mapping[str, Any], *, language: bool
+) -> None:
+    """ConfigError where a cache of these `fields`, yet to be dumped, would lack what the terms look at."""
+    _, lacking = _find_fields(terms, fields, teacher_config, language=language)
+    if lacking:
+        first = min(lacking)
+        raise ConfigError(
+            f"loss '{lacking[first]}' needs {first}, which the recipe's dump does not take: add to its "
+            f"capture:{_captures(lacking).replace(' --capture', '')}"
+        )
+
+
+def _find_fields(
+    terms: Sequence[Term], held: Set[str], teacher_config: Mapping[str, Any], *, language: bool
+) -> tuple[set[str], dict[str, str]]:
+    """Of the fields `held` those that the terms look at, and those that are lacking, each with its loss."""
+    plain = teacher_config.get("model_type") in PLAIN_ATTENTION and not teacher_config.get("is_decoder")
     found: set[str] = set()
     lacking: dict[str, str] = {}  # field: the loss that needs it
     for term in terms:
@@ -294,13 +334,11 @@ def _fields(terms: Sequence[Term], cache: Cache, *, language: bool) -> set[str]:
                 choices = [[_name(source, layer) for source in sources] for sources in _SOURCES[need]]
                 if not plain:  # Q and K do not say it all
                     choices = [names for names in choices if not names[0].startswith("query") or need == "query"]
-                held = next((names for names in choices if set(names) <= cache.fields.keys()), None)
-                if held is None:
+                there = next((names for names in choices if set(names) <= held), None)
+                if there is None:
                     lacking |= dict.fromkeys(_wanted(choices, need), term.loss)
-                found.update(held or ())
-    if lacking:
-        raise CacheError(_what_is_lacking(lacking, cache))
-    return found
+                found.update(there or ())
+    return found, lacking
 
 
 def _wanted(choices: list[list[str]], need: str) -> list[str]:
@@ -316,16 +354,32 @@ def _name(source: str, layer: int) -> str:
 
 
 def _what_is_lacking(lacking: dict[str, str], cache: Cache) -> str:
-    manifest = cache.manifest
-    split = f" --split {manifest.corpus.split}" if manifest.corpus.split else ""
-    command = (
-        f"softlabels dump {manifest.corpus.source}{split} --teacher {manifest.teacher.name} --out {cache.path} "
-        f"--max-length {manifest.dump.max_length}{_captures(lacking)}"
-    )
     have = ", ".join(sorted(cache.fields)) or "no field"
     first = min(lacking)
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    return f"loss '{lacking[first]}' needs {first}{more}; cache {cache.path} holds {have}. Add it with: {command}"
+    return (
+        f"loss '{lacking[first]}' needs {first}{more}; cache {cache.path} holds {have}. Add it with: "
+        f"{_dump_command(cache)}{_captures(lacking)}"
+    )
+
+
+def _dump_command(cache: Cache) -> str:
+    """The command that goes on with the cache: another configuration would be refused."""
+    manifest, usual = cache.manifest, DumpOptions()
+    said = {"--split": manifest.corpus.split, "--teacher": manifest.teacher.name, "--out": str(cache.path)}
+    if manifest.teacher.task != "sequence-classification":
+        said["--task"] = manifest.teacher.task
+    said["--max-length"] = str(manifest.dump.max_length)
+    for key in ("shard_rows", "batch_tokens", "dtype"):
+        if getattr(manifest.dump, key) != getattr(usual, key):
+            said[f"--{key.replace('_', '-')}"] = str(getattr(manifest.dump, key))
+    if (masking := manifest.dump.masking) is not None:
+        for option, key in (("--maskings", "times"), ("--mask-rate", "rate"), ("--mask-seed", "seed")):
+            if getattr(masking, key) != getattr(usual.masking, key):
+                said[option] = str(getattr(masking, key))
+    options = [f" {option} {shlex.quote(value)}" for option, value in said.items() if value]
+    text = "" if manifest.dump.text else " --no-text"
+    return f"softlabels dump {shlex.quote(manifest.corpus.source)}{''.join(options)}{text}"
 
 
 def _captures(fields: Iterable[str]) -> str:
@@ -343,7 +397,11 @@ def _captures(fields: Iterable[str]) -> str:
 
 def teacher_layers(cache: Cache) -> int | None:
     """How many layers the teacher has, as its config in the cache says; None where it doesn't."""
-    config = cache.teacher_config()
+    return layers_of(cache.teacher_config())
+
+
+def layers_of(config: Mapping[str, Any]) -> int | None:
+    """How many layers the model of this config.json has; None where it doesn't say."""
     names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 

@@ -34,7 +34,8 @@ def write_out(phases: Sequence[Phase], *, student_layers: int | None, teacher_la
             written.append(phase)
             continue
         if student_layers is None or teacher_layers is None:
-            raise ConfigError(f"phase '{phase.name}' is progressive, and this student has no layers to go through")
+            who = "this student has" if student_layers is None else "the teacher's config in the cache tells of"
+            raise ConfigError(f"phase '{phase.name}' is progressive, and {who} no layers to go through")
         written += _by_layer(phase, student_layers, teacher_layers)
     return written
 
@@ -78,18 +79,22 @@ def parameters_of(student: PreTrainedModel, part: str) -> list[str]:
     """
     names = [name for name, _ in student.named_parameters()]
     body = {f"{_body_name(student)}{name}" for name, _ in student.base_model.named_parameters()}
-    if part == "embeddings":
-        found = [name for name in names if any(_EMBEDDINGS.match(piece) for piece in name.split("."))]
-    elif part == "head":
-        found = [name for name in names if name not in body]
-    elif match := _LAYERS.fullmatch(part):
-        first, last = int(match[1]), int(match[2] or match[1])
-        found = _layer_parameters(student, names, range(first, last + 1))
+    stack = _stack_of_layers(student)
+    parts = {
+        "embeddings": [name for name in names if any(_EMBEDDINGS.match(piece) for piece in name.split("."))],
+        "head": [name for name in names if name not in body],
+    }
+    if match := _LAYERS.fullmatch(part):
+        wanted = range(int(match[1]), int(match[2] or match[1]) + 1)
+        there = wanted and wanted[0] >= 1 and wanted[-1] <= len(stack)
+        starts = tuple(f"{stack[layer - 1]}." for layer in wanted) if there else ()
+        found = [name for name in names if name.startswith(starts)] if starts else []
     else:
-        found = [name for name in names if name == part or name.startswith(f"{part}.")]
+        found = parts.get(part) or [name for name in names if name == part or name.startswith(f"{part}.")]
     if not found:
-        starts = sorted({".".join(name.split(".")[:2]) for name in names} | {"embeddings", "layers:1", "head"})
-        raise ConfigError(f"the student has no part '{part}': there are {', '.join(starts)}.{suggest(part, starts)}")
+        known = sorted({".".join(name.split(".")[:2]) for name in names} | {name for name in parts if parts[name]})
+        known += [f"layers:1-{len(stack)}"] if stack else []
+        raise ConfigError(f"the student has no part '{part}': there are {', '.join(known)}.{suggest(part, known)}")
     return found
 
 
@@ -97,13 +102,12 @@ def _body_name(student: PreTrainedModel) -> str:
     return "" if student.base_model is student else f"{student.base_model_prefix}."
 
 
-def _layer_parameters(student: PreTrainedModel, names: list[str], wanted: range) -> list[str]:
-    """Of the stack of layers: the first list of modules that is as long as the config says."""
+def _stack_of_layers(student: PreTrainedModel) -> list[str]:
+    """The names of the layers, lowest first: the first list of modules that is as long as the config says."""
     count = getattr(student.config, "num_hidden_layers", None)
-    for stack, module in student.named_modules():
+    for name, module in student.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            starts = tuple(f"{stack}.{layer - 1}." for layer in wanted)
-            return [name for name in names if name.startswith(starts)]
+            return [f"{name}.{index}" for index in range(count)]
     return []
 
 

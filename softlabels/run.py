@@ -42,6 +42,7 @@ from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpu
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
+from softlabels.foresight import check_recipe
 from softlabels.pretrained import resolve_pretrained
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
@@ -177,6 +178,9 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
+    if recipe.pretrain is not None:
+        check_options(recipe.pretrain.student)
+    check_recipe(recipe)
     if recipe.corpus.test is None and recipe.corpus.test_source is None:
         raise ConfigError(
             f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"

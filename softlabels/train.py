@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.captures import TeacherRun
 from softlabels.captures.live import live_signals, prepare_student
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
-from softlabels.config import Phase, StudentOptions, package_versions
+from softlabels.config import BASE, PRETRAINED, TEACHER, Phase, StudentOptions, package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError, StudentError
 from softlabels.objective import Objective, build_objective, teacher_layers, teacher_width
@@ -83,6 +84,7 @@ def train_student(
     started = time.monotonic()
     out = Path(out)
     check_options(options)
+    _check_start(options)
     task = cache.manifest.teacher.task
     _check_task(cache, options, validation)
     spec = _student_spec(cache, options)
@@ -149,6 +151,16 @@ def check_options(options: StudentOptions) -> None:
         raise ConfigError(
             f"the linear student is a regression on the teacher's logits (--loss mse_logits) or on the labels "
             f"(--loss ce), one of them alone; not {', '.join(sorted(options.loss_names()))}"
+        )
+
+
+def _check_start(options: StudentOptions) -> None:
+    """ConfigError for a word that only a recipe's run can make a folder of."""
+    start = options.options.get("init_from")
+    if start in (BASE, TEACHER, PRETRAINED) and not Path(start).is_dir():
+        raise ConfigError(
+            f"init_from: '{start}' is a model that softlabels run knows, and a training by itself does not: give its "
+            f"folder, --option init_from=DIR"
         )
 
 
@@ -236,6 +248,7 @@ def _train_network(
     set_seed(options.seed)
     student = build_student(options.student, spec)
     _refuse_misfit(student, cache)
+    _try_out(student, cache, stretches)
     attention = student.config._attn_implementation
     state = Progress.of(out)
     totals = [_size(stretch.phase.epochs) * _steps_an_epoch(stretch) for stretch in stretches]
@@ -249,13 +262,37 @@ def _train_network(
                 set_seed(options.seed + number)
             with frozen(student, stretches[number].phase.freeze):
                 _train_phase(student, cache, stretches[number], options, state, out=out, cpu=cpu, update=update)
+            _put_back(student, attention)
     student.load_state_dict(best_weights(out), strict=True)
-    if student.config._attn_implementation != attention:
-        student.set_attn_implementation(attention)
     student.eval()
     best = next(entry for entry in state.history if entry["epoch"] == state.best_epoch)
     validation = {name: value for name, value in best.items() if name not in ("epoch", "phase", "train/loss")}
     return _Outcome(student.cpu(), state.epoch, state.best_epoch, validation, state.history, state.seconds)
+
+
+def _try_out(student: PreTrainedModel, cache: Cache, stretches: list[_Stretch]) -> None:
+    """Every phase on two rows: what can't be learned is told before the first one, not after the hours it takes."""
+    attention, was_training = student.config._attn_implementation, student.training
+    for stretch in stretches:
+        batch = cache.batch(stretch.split.train[:2], stretch.objective.fields)
+        with frozen(student, stretch.phase.freeze), torch.random.fork_rng(devices=[]):
+            run, objective = _set_up(student.eval(), stretch, cache, batch.tokens)
+            _groups(student, stretch.phase, objective)
+            says, hears = _forward(run, batch.tokens), objective.hear(batch.teacher)
+            losses = [objective(says, hears, progress=end)[0] for end in (0.0, 1.0)]
+        if not all(loss.requires_grad for loss in losses):
+            raise ConfigError(
+                f"phase '{stretch.phase.name}': all that its losses look at is frozen, so nothing learns: freeze less "
+                f"than {', '.join(stretch.phase.freeze)}"
+            )
+        _put_back(student, attention)
+    student.train(was_training)
+
+
+def _put_back(student: PreTrainedModel, attention: str) -> None:
+    """The student's own attention; losses on it may have put another in its place."""
+    if student.config._attn_implementation != attention:
+        student.set_attn_implementation(attention)
 
 
 def _train_phase(
@@ -293,7 +330,7 @@ def _train_phase(
 def _prepare(
     student: PreTrainedModel, cache: Cache, stretch: _Stretch, options: StudentOptions, *, out: Path, cpu: bool
 ) -> _Tools:
-    phase, objective = stretch.phase, stretch.objective
+    phase = stretch.phase
     accelerator = Accelerator(
         cpu=cpu,
         log_with="tensorboard",
@@ -306,9 +343,8 @@ def _prepare(
     steps = _size(phase.epochs) * _steps_an_epoch(stretch)
     student = student.to(accelerator.device)
     probe = cache.tokens(stretch.split.train[:2]).to(accelerator.device)
-    run = prepare_student(student, objective.looks_at(), student_batch(student, probe), language=objective.language)
-    projections = _make_projections(phase, objective, cache, run, probe)
-    objective = replace(objective.to(accelerator.device), projections=projections)
+    run, objective = _set_up(student, stretch, cache, probe)
+    objective, projections = objective.to(accelerator.device), objective.projections
     optimizer: Any = build_optimizer(
         student,
         name=options.optimizer,
@@ -324,11 +360,20 @@ def _prepare(
     return _Tools(run, objective, parameters, accelerator, optimizer, schedule, steps)
 
 
+def _set_up(
+    student: PreTrainedModel, stretch: _Stretch, cache: Cache, probe: TokenBatch
+) -> tuple[TeacherRun, Objective]:
+    """The student ready to give what the losses of a phase look at, and the objective with its projections."""
+    objective, tokens = stretch.objective, student_batch(student, probe)
+    run = prepare_student(student, objective.looks_at(), tokens, language=objective.language)
+    return run, replace(objective, projections=_make_projections(stretch.phase, objective, cache, run, probe))
+
+
 def _make_projections(
     phase: Phase, objective: Objective, cache: Cache, run: TeacherRun, probe: TokenBatch
 ) -> Projections | None:
     """The projections that the phase asks for, as wide as the student's hidden states and the teacher's."""
-    wanted = [(term, own) for term, own in zip(phase.terms, objective.terms, strict=True) if own.project is not None]
+    wanted = [(term, own) for term, own in zip(phase.terms, objective.terms, strict=True) if term.project is not None]
     if not wanted:
         return None
     with torch.no_grad():
@@ -336,8 +381,7 @@ def _make_projections(
     specs = []
     for term, own in wanted:
         pair = own.pairs[0]
-        if "hidden" not in objective.looks_at() or term.project is None:
-            raise ConfigError(f"loss '{own.loss}' looks at no hidden states: it has nothing to 'project'")
+        assert term.project is not None
         specs.append(
             ProjectionSpec(
                 own.name,
@@ -355,10 +399,11 @@ def _make_projections(
 def _groups(student: PreTrainedModel, phase: Phase, objective: Objective) -> list[ParameterGroup]:
     """What learns at another rate than the phase's: slow parts of the student, and projections, which are not in it."""
     parameters = dict(student.named_parameters())
-    groups = [
-        ParameterGroup([parameters[name] for name in parameters_of(student, part)], lr_scale=scale)
-        for part, scale in phase.slow.items()
-    ]
+    parts = {part: parameters_of(student, part) for part in phase.slow}
+    for (one, names), (other, more) in combinations(parts.items(), 2):
+        if common := set(names) & set(more):
+            raise ConfigError(f"phase '{phase.name}': '{one}' and '{other}' of 'slow' both hold {min(common)}")
+    groups = [ParameterGroup([parameters[name] for name in parts[part]], scale) for part, scale in phase.slow.items()]
     projections = objective.projections
     if projections is not None:
         groups += [

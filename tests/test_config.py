@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from softlabels.config import (
     suggest,
 )
 from softlabels.errors import ConfigError
+from softlabels.layer_maps import MAPS
 from softlabels.losses import LAYER_LOSSES, LOSSES
 
 RECIPE = """
@@ -40,6 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_the_list_of_losses_is_the_one_of_the_losses() -> None:
     assert (tuple(LOSSES), tuple(LAYER_LOSSES)) == (config.LOSSES, config.LAYER_LOSSES)
+    assert tuple(MAPS) == config.MAPS
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,8 @@ def test_losses_and_their_faults() -> None:
 def test_options_are_read_as_yaml_and_1e4_is_a_number() -> None:
     got = parse_options(["layers=2", "lr=1e-4", "name=x", "deep=true", "init_layers=[1, 3]", "empty="])
     assert got == {"layers": 2, "lr": 1e-4, "name": "x", "deep": True, "init_layers": [1, 3], "empty": None}
+    words = {"a": "5:1", "b": "2020-13-45", "c": "1_000", "d": "0x10", "e": "007"}  # what YAML 1.1 takes for numbers
+    assert parse_options([f"{key}={value}" for key, value in words.items()]) == words
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         parse_options(["layers"])
     with pytest.raises(ConfigError, match="twice"):
@@ -127,6 +133,89 @@ def test_a_recipe_is_read_and_changed(recipe: Path) -> None:
 def test_a_change_that_cannot_be_is_refused(recipe: Path, change: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         read_recipe(str(recipe), changes=[change])
+
+
+def test_a_schedule_needs_no_quotes(recipe: Path) -> None:
+    """YAML 1.1 reads 5:1 as 301, in base 60."""
+    recipe.write_text(RECIPE.replace('"5:1"', "5:1"))
+    assert read_recipe(str(recipe)).students[0].temperature == "5:1"
+    changed = read_recipe(str(recipe), changes=["students.first.temperature=7:1"])
+    assert changed.students[0].temperature == "7:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("1: 2\n", "unknown key '1'"),
+        ("name: &a [*a]\n", "name: Input should be a valid string"),
+        ("students: &a [*a]\n", "students"),
+        (f"name: {'[' * 500}", "nested too deeply"),
+        ("name: 2020-13-45\n", "corpus: Field required"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_told(tmp_path: Path, text: str, told: str) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)) as fault:
+        read_recipe(str(bad))
+    assert str(bad) in str(fault.value)
+
+
+STARTED = "{student: transformer, options: {init_from: pretrained}}"
+PRETRAIN = f"pretrain={{corpus: {{source: a}}, teacher: {{model: b}}, student: {STARTED}}}"
+TERM = {"loss": "hidden_mse", "map": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([TERM | {"map": 5}], "losses.0.map: a map is one of uniform, .* not 5"),
+        ([TERM | {"map": "uniforn"}], "losses.0.map: no map 'uniforn'.* Did you mean 'uniform'"),
+        ([TERM | {"depth": []}], "losses.0.depth: depth is sum, mean, or a weight for each pair"),
+        ([TERM | {"depth": [1, -1]}], "none below 0"),
+        ([TERM | {"weight": "a:b"}], "weight 'a:b' is not a number: write a number"),
+        ([TERM | {"options": [1]}], "losses.0.options: Input should be a valid dictionary"),
+        ([TERM | {"share_projection": True}], "'share_projection' is about a projection: give 'project'"),
+        ([TERM | {"project_lr": 2}], "'project_lr' is about a projection"),
+        ([{"loss": "kl", "weight": "1:0"}], "every weight ends at 0"),
+        ({"kl": "much"}, "losses.kl: Input should be a valid number"),
+        ("kl", "losses: Input should be a valid dictionary"),
+    ],
+)
+def test_a_fault_in_the_losses_is_told_once_and_in_its_place(losses: Any, told: str) -> None:
+    values = {"student": "transformer", "phases": [{"name": "a", "losses": losses}]}
+    with pytest.raises(ConfigError, match=f"^recipe r: .*{told}") as fault:
+        build_options(StudentOptions, values, where="recipe r")
+    assert "dict[" not in str(fault.value) and "list[" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"slow": {"embeddings": -1}}, "slow.embeddings: Input should be greater than 0"),
+        ({"progressive": -0.5}, "a multiple of the learning rate under 1; not -0.5"),
+        ({"progressive": 2}, "under 1; not 2"),
+    ],
+)
+def test_rates_that_cannot_be_are_told(changes: dict[str, Any], told: str) -> None:
+    values = {"student": "transformer", "phases": [{"losses": [TERM]} | changes]}
+    with pytest.raises(ConfigError, match=told):
+        build_options(StudentOptions, values, where="recipe r")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([PRETRAIN], "which is itself"),
+        (["students.first.options={init_from: base}", "teacher.train.from_scratch=true"], "made from nothing"),
+        (["students.first.options={init_from: teacher}", "teacher.train.from_scratch=true"], "hard_twin: false"),
+        (["students.first.seeds=[-1]"], "seeds.0"),
+        (["students.²=1"], "no entry '²'"),
+    ],
+)
+def test_starts_and_seeds_that_cannot_be_are_told(recipe: Path, changes: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_recipe(str(recipe), changes=changes)
 
 
 def test_faults_of_a_recipe_file_name_the_file(tmp_path: Path) -> None:

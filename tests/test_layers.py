@@ -30,6 +30,7 @@ LAYERS = {
         "docstrings",
         "engines",
         "fine_tuning",
+        "foresight",  # of a recipe, before its stages
         "images",
         "labels",
         "layer_maps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from safetensors.torch import load_file
 
 from softlabels import train as train_module
 from softlabels.cache import Cache, open_cache
-from softlabels.config import DumpOptions, Phase, StudentOptions
+from softlabels.cli import _guarded
+from softlabels.config import LAYER_LOSSES, DumpOptions, Masking, Phase, Schedule, StudentOptions, read_recipe
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError
 from softlabels.layer_maps import map_layers
+from softlabels.objective import build_objective, fill_in
 from softlabels.phases import frozen, parameters_of, write_out
 from softlabels.runs import load_run, read_record
 from softlabels.train import train_student
 from softlabels.types import Example, LayerPair
 from tests.models import LABEL_NAMES, TEXTS, save_teacher
+from tests.test_tasks import save
 
 STUDENT = {"layers": 1, "hidden_size": 12, "heads": 4}  # the teacher: 2 layers, 32 wide, 4 heads
 INTERMEDIATE: dict[str, Any] = {
@@ -34,6 +38,8 @@ INTERMEDIATE: dict[str, Any] = {
     ],
     "epochs": 2,
 }
+LAYER: dict[str, Any] = {"loss": "hidden_mse", "map": "uniform"}
+HEADS: dict[str, Any] = {"loss": "attention_kl", "map": "uniform"}
 PREDICTION: dict[str, Any] = {"name": "prediction", "losses": {"soft_cross_entropy": 1}, "epochs": 2, "lr": 2e-3}
 
 
@@ -291,6 +297,123 @@ def test_a_loss_that_does_not_fit_is_told(cache: Cache, tmp_path: Path, losses: 
     phase = {"name": "a", "losses": losses, "epochs": 1}
     with pytest.raises(ConfigError, match=fault):
         train_student(cache, out=tmp_path / "run", options=options(phase), cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("phases", "fault"),
+    [
+        ([{"losses": {"kl": 1}, "freeze": ["layers:1-9"]}], "no part 'layers:1-9'.*layers:1-1"),
+        ([{"losses": {"kl": 1}, "slow": {"embeddings": 0.1, "bert": 0.2}}], "'embeddings' and 'bert' of 'slow' both"),
+        ([{"losses": [{"loss": "kl", "temperature": "9"}, HEADS]}], "the student has 2 heads, the teacher 4"),
+        ([{"losses": [{"loss": "annealing_mse"}], "temperature": "9:1"}], "it must be 1 to max_temperature"),
+        ([{"losses": [LAYER], "freeze": ["embeddings", "layers:1"]}], "phase 'b': all that its losses look at is fro"),
+    ],
+)
+def test_what_a_later_phase_cannot_do_is_told_before_the_first(
+    cache: Cache, tmp_path: Path, phases: list[dict[str, Any]], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "_train_phase", pytest.fail)
+    later = [PREDICTION, *({"name": "b", "epochs": 1} | phase for phase in phases)]
+    sizes = {"layers": 1, "hidden_size": 32, "heads": 2}
+    with pytest.raises(ConfigError, match=fault):
+        train_student(cache, out=tmp_path / "run", options=options(*later, options=sizes), cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "fault"),
+    [
+        ("value_relation", {"relation_heads": "4"}, "a whole number; not '4'"),
+        ("value_relation", {"relation_heads": 2.0}, "a whole number; not 2.0"),
+        ("value_relation", {"relation_heads": True}, "a whole number; not True"),
+        ("attention_mse", {"heads": "men"}, "one of each, mean; not 'men'"),
+        ("pkd", {"mean_over_width": "yes"}, "true or false; not 'yes'"),
+        ("jsd", {"beta": [1]}, "a number, or a schedule such as '0:1'; not"),
+        ("jsd", {"beta": True}, "a number, or a schedule such as '0:1'; not True"),
+        ("dkd", {"alpha": "x"}, "alpha' 'x' is not a number"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_told(loss: str, given: dict[str, Any], fault: str) -> None:
+    layers = {"map": "final"} if loss in LAYER_LOSSES else {}
+    phase = Phase.model_validate({"name": "a", "losses": [{"loss": loss, "options": given} | layers]})
+    with pytest.raises(ConfigError, match=f"phase 'a', loss '{loss}', option '.*{fault}"):
+        fill_in(phase, "sequence-classification", student_layers=1, teacher_layers=lambda: 2)
+
+
+def test_whole_numbers_words_and_schedules_stay_options() -> None:
+    losses = [
+        {"loss": "value_relation", "map": "final", "options": {"relation_heads": 4}},
+        {"loss": "attention_mse", "map": "final", "options": {"heads": "mean"}},
+        {"loss": "teacher_annealing", "options": {"share": "0:1"}},
+    ]
+    phase = Phase.model_validate({"losses": losses})
+    terms = fill_in(phase, "sequence-classification", student_layers=1, teacher_layers=lambda: 2)
+    assert [term.options for term in terms] == [{"relation_heads": 4}, {"heads": "mean"}, {"share": Schedule(0, 1)}]
+
+
+def test_a_projection_is_for_hidden_states_whatever_stands_beside(cache: Cache) -> None:
+    """The term beside it looks at hidden states: that is no use to this one."""
+    losses = [LAYER | {"project": "linear"}, {"loss": "attention_kl", "map": "uniform", "project": "linear"}]
+    with pytest.raises(ConfigError, match="'attention_kl' looks at no hidden states"):
+        build_objective(Phase.model_validate({"losses": losses}), cache, student_layers=1)
+
+
+def test_hard_labels_have_no_temperature_to_adapt(cache: Cache, tmp_path: Path) -> None:
+    """flsw looks at the teacher's logits, and a phase of hard labels doesn't read them."""
+    found = []
+    for temperature in ("flsw:4", "1"):
+        phase = {"name": "a", "losses": {"ce": 1}, "temperature": temperature, "epochs": 1}
+        train_student(cache, out=tmp_path / temperature[0], options=options(phase), cpu=True)
+        found.append(read_record(tmp_path / temperature[0]).history)
+    assert found[0] == found[1]
+
+
+def test_annealing_mse_takes_one_temperature_for_all_rows(cache: Cache) -> None:
+    phase = Phase.model_validate({"losses": [{"loss": "annealing_mse"}], "temperature": "flsw:4"})
+    with pytest.raises(ConfigError, match="has one temperature for all rows"):
+        build_objective(phase, cache, student_layers=None)
+
+
+def test_a_word_that_only_a_recipe_knows_is_no_start(cache: Cache, tmp_path: Path) -> None:
+    started = options(losses={"kl": 1}, options={"init_from": "pretrained"})
+    with pytest.raises(ConfigError, match="init_from: 'pretrained' is a model that softlabels run knows"):
+        train_student(cache, out=tmp_path / "run", options=started, cpu=True)
+
+
+def test_the_command_that_adds_a_field_goes_on_with_the_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are the cache's: with others the dump would be refused."""
+    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
+    corpus = tmp_path / "my texts.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text, "label": name}) + "\n" for text, name in TEXTS[:12]))
+    command = f"dump '{corpus}' --teacher {place / 'teacher'} --out {tmp_path / 'cache'} --shard-rows 5 --no-text"
+    assert _guarded([*shlex.split(command), "--max-length", "9", "--cpu"], debug=True) == 0
+    with pytest.raises(CacheError) as told:
+        phase = Phase.model_validate({"losses": [LAYER]})
+        build_objective(phase, open_cache(tmp_path / "cache"), student_layers=1)
+    assert _guarded(shlex.split(str(told.value).partition("Add it with: softlabels ")[2]), debug=True) == 0
+    assert build_objective(phase, open_cache(tmp_path / "cache"), student_layers=1).fields == ["hidden.02"]
+
+
+def test_a_masked_language_model_teaches_as_distilbert_has_it(tmp_path: Path) -> None:
+    """5·KL + 2·MLM + cosine, half the layers, from a cache of two maskings; then the command for what that lacks."""
+    teacher = save(tmp_path / "teacher", "BertForMaskedLM")
+    rows = [Example(str(i), text) for i, (text, _) in enumerate(TEXTS[:30])]
+    settings = DumpOptions(capture=["vocab:exact", "hidden:2"], masking=Masking(times=2))
+    dump(Corpus("made", None, rows, None), teacher=str(teacher), out=tmp_path / "cache", options=settings)
+    cache = open_cache(tmp_path / "cache")
+    recipe = read_recipe("distilbert").pretrain
+    assert recipe is not None
+    half = {"preset": "distilbert", "init_from": str(teacher), "init_layers": [1]}
+    student = recipe.student.model_copy(update={"options": half, "batch_size": 16})
+    train_student(cache, out=tmp_path / "run", options=student, cpu=True)
+    record = read_record(tmp_path / "run")
+    assert record.task == "masked-lm" and record.losses == {"kl": 5, "ce": 2, "hidden_cosine": 1}
+    assert record.history[1]["train/loss"] < record.history[0]["train/loss"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["architectures"] == ["DistilBertForMaskedLM"]
+    lacking = options({"name": "a", "losses": [{"loss": "value_relation", "map": "final"}]})
+    with pytest.raises(CacheError, match=r"--task masked-lm --max-length .* --maskings 2 --capture qkv:2"):
+        train_student(cache, out=tmp_path / "no", options=lacking, cpu=True)
 
 
 def test_a_student_without_layers_is_told(cache: Cache, tmp_path: Path) -> None:

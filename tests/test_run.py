@@ -16,6 +16,7 @@ from softlabels import run as run_module
 from softlabels.cli import _guarded, _recipe_table
 from softlabels.config import Recipe, read_recipe, recipes_folder
 from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, StudentError, TeacherError
+from softlabels.foresight import check_recipe
 from softlabels.run import RunResult, run_recipe
 from softlabels.runs import read_record
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
@@ -392,3 +393,56 @@ def test_students_are_pretrained_from_a_teacher_of_their_own(place: Path, tmp_pa
         list((out / "stages").iterdir())
     )
     assert said == []
+
+
+# ------------------------------------------------------------------------------------------- told before the teacher
+
+
+LAYERED = "{name: layered, student: transformer, options: {layers: 1, hidden_size: 32, heads: 4}, phases: [PHASE]}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (["{losses: [{loss: pkd, map: [[1, 1]]}]}"], "'layered': loss 'pkd' needs hidden.01@cls, .* hidden:1@cls"),
+        (["{losses: [{loss: hidden_mse, map: uniform}]}", "dump.capture=['hidden:1']"], "add to its capture: hidden:2"),
+        (["{losses: {kl: 1}}", "dump.capture=['hidden:9']"], "'layered': --capture hidden: the teacher has no layer 9"),
+        (["{losses: [{loss: hidden_mse, map: [[2, 2]]}]}"], "the student has no layer 2; it has 0"),
+        (["{losses: [{loss: hidden_mse, map: [[1]]}]}"], "no pair of a map"),
+        (["{losses: [{loss: kl, options: {a: 1}}]}"], "has no option 'a'"),
+        (["{losses: {kl: 1}, progressive: true}"], "'layered': phase 'train' is progressive: loss 'kl' has no layers"),
+    ],
+)
+def test_what_the_dump_will_lack_is_told_before_the_teacher_is_trained(
+    place: Path, tmp_path: Path, changes: list[str], fault: str
+) -> None:
+    phase, *rest = changes
+    recipe = recipe_of(place, f"students.0={LAYERED.replace('PHASE', phase)}", *rest)
+    with pytest.raises(SoftlabelsError, match=fault):
+        run_recipe(recipe, out=tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_the_students_of_a_pretraining_are_looked_at_too(place: Path, tmp_path: Path) -> None:
+    """Also one that starts from it, whose layers are those of a student that isn't there yet."""
+    general = "{losses: [{loss: hidden_mse, map: uniform}]}"
+    base = f"{{model: {place / 'base'}}}"
+    first = LAYERED.replace("name: layered, ", "").replace("PHASE", general)
+    pretrain = f"pretrain={{corpus: {{source: {place / 'corpus'}}}, teacher: {base}, student: {first}}}"
+    task = "{name: task, student: transformer, options: {init_from: pretrained}, phases: [PHASE]}"
+    later = f"students.0={task.replace('PHASE', '{losses: [{loss: hidden_mse, map: [[2, 2]]}]}')}"
+    for capture, fault in (
+        ("'hidden:1'", "'pretrain': loss 'hidden_mse' needs hidden.02"),
+        ("'hidden:2'", "'task': .*2"),
+    ):
+        recipe = recipe_of(place, pretrain, f"pretrain.dump.capture=[{capture}]", "dump.capture=['hidden:2']", later)
+        with pytest.raises(SoftlabelsError, match=f"student {fault}"):
+            run_recipe(recipe, out=tmp_path / "run", cpu=True)
+
+
+def test_every_shipped_recipe_takes_what_its_students_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    layered = [path.stem for path in sorted(recipes_folder().glob("*.yaml")) if "map:" in path.read_text()]
+    assert len(layered) >= 7
+    for name in layered:
+        check_recipe(read_recipe(name))

@@ -188,7 +188,7 @@ def test_what_the_cache_lacks_is_told(place: Path, tmp_path: Path) -> None:
             "hidden",
             {},
             CacheError,
-            r"loss 'kl' needs logits; cache .* holds hidden\.01\. Dump it with --capture logits",
+            r"loss 'kl' needs logits; cache .* holds hidden\.01\. Add it with: softlabels dump .* --capture logits",
         ),
         ("unlabelled", {"losses": {"ce": 1}}, CacheError, "needs labels"),
         ("unlabelled", {"losses": {"kl": 1, "ce": 1}}, CacheError, "needs labels"),

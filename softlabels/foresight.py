@@ -1,0 +1,131 @@
+"""A recipe comes in; what its students would fail at, once the teacher has been paid for, is told before.
+
+Only configurations are read: of the models, what layers there are; of the recipe, which fields its dump will take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softlabels.captures import parse_captures, resolve_layers
+from softlabels.captures.choose import choose_captures
+from softlabels.captures.forward import Request
+from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, Pretraining, Recipe, StudentOptions, TeacherChoice
+from softlabels.errors import ConfigError, StudentError, TeacherError
+from softlabels.objective import fill_in, layers_of, refuse_lacking
+from softlabels.phases import write_out
+from softlabels.pretrained import resolve_pretrained
+from softlabels.students import LINEAR, StudentSpec, count_layers
+from softlabels.teacher import teacher_task
+from softlabels.types import LANGUAGE_MODELS, Task, layer_field
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """ConfigError or StudentError for a student whose losses ask for what its cache will not hold, or that can't be.
+
+    What needs a teacher that is not here to be looked at, or that is made from nothing, is left to its own stage.
+    """
+    if recipe.pretrain is not None:
+        first = recipe.pretrain
+        with _naming("pretrain"):
+            _check_student(first.student, first.dump, first.teacher, None)
+    for entry in recipe.students:
+        with _naming(entry.name):
+            _check_student(entry, recipe.dump, recipe.teacher, recipe.pretrain)
+
+
+@contextmanager
+def _naming(student: str) -> Iterator[None]:
+    """Faults inside name the student."""
+    try:
+        yield
+    except (ConfigError, StudentError) as error:
+        raise type(error)(f"student '{student}': {error}") from None
+
+
+def _check_student(
+    options: StudentOptions, dump: DumpOptions, teacher: TeacherChoice, pretrain: Pretraining | None
+) -> None:
+    folder = _folder(teacher)
+    if folder is None:
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    task = teacher.train.task if teacher.train is not None else teacher_task(str(folder), dump.task)
+    depth = layers_of(config)
+    shape = _shape(options, folder, pretrain)
+    if shape is None:
+        return
+    layers = None
+    if options.student != LINEAR:
+        layers = count_layers(options.student, _spec(shape, config, task, dump))
+    requests = resolve_layers(choose_captures(parse_captures(dump.capture), task), layers=depth)
+    for phase in write_out(options.all_phases(), student_layers=layers, teacher_layers=depth):
+        terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, folder))
+        refuse_lacking(terms, _fields(requests), config, language=task in LANGUAGE_MODELS)
+
+
+def _folder(teacher: TeacherChoice) -> Path | None:
+    """The folder of the teacher or of what it is tuned from; None where there is none to look at."""
+    if teacher.train is not None and teacher.train.from_scratch:
+        return None
+    try:
+        return resolve_pretrained(teacher.model)
+    except TeacherError:
+        return None
+
+
+def _shape(options: StudentOptions, teacher: Path, pretrain: Pretraining | None) -> dict[str, Any] | None:
+    """The options that a student has its layers from, `init_from` a folder that is there; None where none is."""
+    own = options.options
+    start = own.get("init_from")
+    if start in (BASE, TEACHER):  # a tuned teacher has the layers of what it was tuned from
+        return own | {"init_from": str(teacher)}
+    if start != PRETRAINED:
+        return own
+    assert pretrain is not None  # Recipe asks for it
+    before = _folder(pretrain.teacher)
+    first = None if before is None else _shape(pretrain.student, before, None)
+    if first is None:
+        return None
+    own = {name: value for name, value in own.items() if not name.startswith("init_")}
+    if "layers" in own or "num_hidden_layers" in own:
+        first = {name: value for name, value in first.items() if not name.startswith("init_")}
+    return first | own
+
+
+def _spec(shape: dict[str, Any], config: dict[str, Any], task: Task, dump: DumpOptions) -> StudentSpec:
+    """As the cache will say it, where that decides how many layers there are."""
+    return StudentSpec(
+        label_names=[],
+        vocab_size=config.get("vocab_size") or 2,
+        pad_token_id=0,
+        unk_token_id=None,
+        max_length=dump.max_length or 1,
+        used_ids=np.array([], dtype=np.int64),
+        teacher_config=config,
+        options=shape,
+        task=task,
+    )
+
+
+def _known(depth: int | None, folder: Path) -> int:
+    if depth is None:
+        raise ConfigError(f"{folder / 'config.json'} does not say how many layers the teacher has")
+    return depth
+
+
+def _fields(requests: list[Request]) -> set[str]:
+    """The fields that a dump of `requests` gives."""
+    found: set[str] = set()
+    for request in requests:
+        for kind in ("query", "key", "value") if request.capture == "qkv" else (request.capture,):
+            form = f"@{request.form}" if request.form else ""
+            names = [layer_field(kind, layer) + form for layer in request.layers or ()]
+            found.update(names or [kind])
+    return found
