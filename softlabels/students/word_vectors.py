@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from softlabels.errors import ConfigError
+from softlabels.errors import ConfigError, StudentError
 from softlabels.word_vectors import open_word_vectors
 
 if TYPE_CHECKING:
@@ -53,9 +53,18 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
 def look_up_vectors(path: Path, spellings: Sequence[Sequence[str]]) -> WordVectors:
     """The vectors of `path` for rows that are spelt so, (rows, width of the file); `softlabels.word_vectors` reads it.
 
-    Of two lines for one word the first counts. ConfigError names the file and the line where it is broken, and says so
+    Of two lines for one word the first counts. StudentError names the file and the line where it is broken, and says so
     where it has none of the words.
     """
+    try:
+        return _look_up(path, spellings)
+    except ConfigError as error:
+        # as for every option of a student; `softlabels run` takes a ConfigError of the training for another
+        # configuration's unfinished run, and deletes that
+        raise StudentError(str(error)) from None
+
+
+def _look_up(path: Path, spellings: Sequence[Sequence[str]]) -> WordVectors:
     wanted: dict[str, list[tuple[int, int]]] = {}  # a spelling: its (row, rank)s
     for row, ways in enumerate(spellings):
         for rank, way in enumerate(ways):
@@ -74,7 +83,7 @@ def look_up_vectors(path: Path, spellings: Sequence[Sequence[str]]) -> WordVecto
         file.update(0, found=float(found.mean()))
     if not found.any():
         tokens = sum(bool(ways) for ways in spellings)
-        raise ConfigError(
+        raise StudentError(
             f"word vectors {path}: not one of the {tokens:,} tokens of the training rows is among its "
             f"{file.count:,} words: are they of another language, or in another encoding than UTF-8?"
         )

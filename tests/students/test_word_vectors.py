@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabels.errors import ConfigError
+from softlabels.errors import StudentError
 from softlabels.students.fitted_vectors import SPREAD, fit_word_vectors
 from softlabels.students.word_vectors import look_up_vectors, spell_tokens
 from tests.models import tiny_tokenizer
@@ -35,16 +35,16 @@ def test_words_in_another_encoding_are_passed_over(tmp_path):
     strange = b"caf\xe9 1 1 1\n\xff\xfe 2 2 2\n" + "\n".join(LINES).encode()
     np.testing.assert_allclose(look_up_vectors(write(tmp_path / "v", strange), WANTED).vectors, EXPECTED)
     chinese = "\n".join(["雨 1 2 3", "雪 1 2 3"]).encode("gbk")
-    with pytest.raises(ConfigError, match=r"not one of the 1 tokens .* its 2 words.*UTF-8"):
+    with pytest.raises(StudentError, match=r"not one of the 1 tokens .* its 2 words.*UTF-8"):
         look_up_vectors(write(tmp_path / "v", chinese), [[], ["雨"]])
 
 
 def test_a_file_with_none_of_the_words_or_a_broken_line_is_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"not one of the 5 tokens .* its 1 words"):
+    with pytest.raises(StudentError, match=r"not one of the 5 tokens .* its 1 words"):
         look_up_vectors(write(tmp_path / "v", "film 1 2\n"), WANTED)
-    with pytest.raises(ConfigError, match=r"line 2 \('rain 1 x 3 …'\) is broken: could not convert"):
+    with pytest.raises(StudentError, match=r"line 2 \('rain 1 x 3 …'\) is broken: could not convert"):
         look_up_vectors(write(tmp_path / "v", "a 1 2 3\nrain 1 x 3\n"), WANTED)
-    with pytest.raises(ConfigError, match=r"vectors .*none can't be read: No such file"):
+    with pytest.raises(StudentError, match=r"vectors .*none can't be read: No such file"):
         look_up_vectors(tmp_path / "none", WANTED)
 
 
