@@ -395,7 +395,7 @@ def augment_command(
     ] = None,
     word_vectors: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="of tinybert: word2vec or fastText as text, or GloVe"),
+        typer.Option(metavar="FILE", help="of tinybert: word2vec, fastText or GloVe, as text, also compressed"),
     ] = None,
     vector_words: Annotated[
         int | None, typer.Option(min=2, help="of tinybert: only so many words of that file; by default 100,000")

@@ -484,7 +484,7 @@ class AugmentOptions(Strict):
     rate: float | None = Field(default=None, gt=0, le=1)  # of words; None: tinybert 0.4, deletion and short-long 0.1
     span: float = Field(default=20, gt=0)  # words of a long disorder; up to 1 a share of the text
     mlm: str | None = None  # a masked language model: a folder or a Hugging Face name
-    word_vectors: str | None = None  # a file: word2vec or fastText as text, or GloVe
+    word_vectors: str | None = None  # a file: see softlabels.word_vectors
     vector_words: int = Field(default=100_000, ge=2)  # of that file the first so many, the most frequent
     candidates: int = Field(default=15, ge=1)  # words that one may be replaced by
 

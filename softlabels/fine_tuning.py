@@ -21,7 +21,7 @@ from softlabels.captures.output_head import only_targets
 from softlabels.config import TeachableTask, suggest
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import progress
-from softlabels.tokens import batches_by_length, pad_batch, shuffled_batches
+from softlabels.tokens import Tokenized, batches_by_length, pad_batch, shuffled_batches
 from softlabels.types import NO_LABEL, TokenBatch, TokenizedExample
 
 if TYPE_CHECKING:
@@ -124,12 +124,14 @@ def hold_out(labels: Sequence[int], *, fraction: float, seed: int) -> set[int]:
     return set(held)
 
 
-def split_rows(
-    rows: Sequence[TokenizedExample], held: set[int]
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """The rows to learn from, and those whose numbers are in `held`, both in order."""
-    train = [row for number, row in enumerate(rows) if number not in held]
-    return train, [rows[number] for number in sorted(held)]
+def divide_rows(found: Tokenized, theirs: Tokenized | None, options: TeacherOptions, *, max_length: int) -> Rows:
+    """All of `found` to learn from and all of `theirs` held out, or where there is no such corpus some of `found`."""
+    if theirs is not None:
+        return Rows(found.examples, theirs.examples, found.truncated + theirs.truncated, max_length)
+    labels = [row.label for row in found.examples]  # of a language model's rows all the same: one class
+    held = hold_out(labels, fraction=options.validation_fraction, seed=options.seed)
+    train = [row for number, row in enumerate(found.examples) if number not in held]
+    return Rows(train, [found.examples[number] for number in sorted(held)], found.truncated, max_length)
 
 
 def fit(

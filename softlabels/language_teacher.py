@@ -18,7 +18,7 @@ import numpy as np
 from softlabels.config import Masking, TeachableTask
 from softlabels.corpus import Corpus
 from softlabels.errors import CorpusError, TeacherError
-from softlabels.fine_tuning import Rows, TeacherOptions, hold_out, split_rows
+from softlabels.fine_tuning import Rows, TeacherOptions, divide_rows
 from softlabels.tasks import TaskLabels, mask_tokens, tokenize_task
 from softlabels.tokens import Tokenized, count_row_targets
 from softlabels.types import NO_LABEL, TokenizedExample
@@ -82,15 +82,9 @@ def prepare_texts(
 
     found = texts(corpus)
     short = len(corpus.examples) - len(found.examples)
-    if validation is None:
-        held = hold_out([NO_LABEL] * len(found.examples), fraction=options.validation_fraction, seed=options.seed)
-        train, held_rows = split_rows(found.examples, held)
-        truncated = found.truncated
-    else:
-        theirs = texts(validation)
-        train, held_rows, truncated = found.examples, theirs.examples, found.truncated + theirs.truncated
-    masked = options.task == "masked-lm"
-    return Rows(train, held_rows, truncated, max_length, short=short, anew=anew if masked else None)
+    theirs = None if validation is None else texts(validation)
+    rows = divide_rows(found, theirs, options, max_length=max_length)
+    return replace(rows, short=short, anew=anew if options.task == "masked-lm" else None)
 
 
 def unmask(row: TokenizedExample) -> TokenizedExample:

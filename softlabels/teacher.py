@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +24,7 @@ from softlabels.cache.files import lock
 from softlabels.cache.files import sync_folder as sync
 from softlabels.corpus import Corpus, check_trainable, encode_labels
 from softlabels.errors import ConfigError, TeacherError
-from softlabels.fine_tuning import METRICS, EpochFigures, Rows, TeacherOptions, fit, hold_out, split_rows
+from softlabels.fine_tuning import METRICS, EpochFigures, Rows, TeacherOptions, divide_rows, fit
 from softlabels.language_teacher import check_body, fit_config, prepare_texts
 from softlabels.pretrained import (
     hash_weights,
@@ -382,15 +382,12 @@ def _prepare_rows(
 
     found = labelled(corpus)
     unlabelled = len(corpus.examples) - len(found.examples)
-    if validation is None:
-        labels = [row.label for row in found.examples]
-        held = hold_out(labels, fraction=options.validation_fraction, seed=options.seed)
-        train, held_rows = split_rows(found.examples, held)
-        return Rows(train, held_rows, found.truncated, max_length, unlabelled)
-    theirs = labelled(validation)
-    if not theirs.examples:
-        raise TeacherError(f"the validation corpus {validation.source} has no labelled row to score the teacher on")
-    return Rows(found.examples, theirs.examples, found.truncated + theirs.truncated, max_length, unlabelled)
+    theirs = None
+    if validation is not None:
+        theirs = labelled(validation)
+        if not theirs.examples:
+            raise TeacherError(f"the validation corpus {validation.source} has no labelled row to score the teacher on")
+    return replace(divide_rows(found, theirs, options, max_length=max_length), unlabelled=unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------- the folder

@@ -1,73 +1,174 @@
-"""Word vectors from the usual text formats: word2vec and fastText (.vec, with a header line), GloVe (without one).
+"""Files of word vectors: a file comes in, its words and their values go out, a line at a time or as one matrix.
 
-A file comes in, its words and a matrix of one row a word go out. Files of Chinese-Word-Vectors are of the first kind.
+Files are text, a word and its values a line, separated by single spaces or tabs: word2vec's and fastText's .vec
+(whose first line counts the words and the values), GloVe's (which has none), Chinese-Word-Vectors'; plain or
+compressed by gzip, bzip2 or xz. A word may hold spaces (GloVe 840B). One that is not UTF-8 is passed over. Every line's
+length is checked, and the values that are asked for.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
-from collections.abc import Iterator, Set
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from statistics import mode
+from typing import IO, Any, cast
 
 import numpy as np
 
 from softlabels.errors import ConfigError
+from softlabels.progress import Update, progress
+
+WIDEST = 4096  # values of a vector
+_LONGEST_LINE = 1 << 20  # bytes
+_MOST_SPACES = 16  # in a word; more are two lines that have become one
+_HEAD = 100  # lines that tell the width where the first doesn't
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_UPDATE = 10_000  # lines between two updates of the progress
 
 
-def read_word_vectors(
-    path: str | os.PathLike[str], words: Set[str] | None = None, *, limit: int | None = None
-) -> tuple[list[str], np.ndarray]:
+def read_word_vectors(path: str | os.PathLike[str], *, limit: int | None = None) -> tuple[list[str], np.ndarray]:
     """The file's words, in its order, and their vectors (N, D) float32; of a word that is there twice the first.
 
-    `words`: only these. `limit`: look at the file's first so many words only, which are the most frequent ones. A word
-    may hold spaces (GloVe 840B): the last D fields are the vector. ConfigError names the line that is wrong.
+    `limit`: of the file's first so many lines only, which are its most frequent words. ConfigError names the line that
+    is wrong, and says so where no word is left.
     """
-    path = Path(path)
     found: dict[str, np.ndarray] = {}
-    try:
-        for word, vector in _rows(path, words, limit):
-            found.setdefault(word, vector)
-    except OSError as error:
-        raise ConfigError(f"word vectors {path} cannot be read: {error.strerror or error}") from None
+    with open_word_vectors(path, limit=limit) as file:
+        for word, line in file:
+            if word not in found:
+                found[word] = file.values(line)
     if not found:
-        which = "none of the words that are asked for" if words is not None else "no word vector"
-        raise ConfigError(f"word vectors {path} has {which}: is it the right file?")
+        raise ConfigError(f"word vectors {path}: not one of its {file.count:,} words is in UTF-8: convert the file")
     return list(found), np.stack(list(found.values()))
 
 
-def _rows(path: Path, words: Set[str] | None, limit: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    width = None
-    seen = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if seen == limit:
-                return
+@contextmanager
+def open_word_vectors(path: str | os.PathLike[str], *, limit: int | None = None) -> Iterator[WordVectorFile]:
+    """The words of `path`, or of its first `limit` lines, to be read once, with a progress bar while the block runs.
+
+    ConfigError for a file that can't be read or holds no word vectors, here; for a line that is broken, on the way.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        vectors = WordVectorFile(path, file, limit=limit)
+        with progress(None, description=f"read {path.name}", unit="vectors") as vectors.update:
+            yield vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A word and its values as they are in the file."""
+
+    number: int  # from 1
+    text: bytes  # without what ends it; tabs are spaces
+
+
+class WordVectorFile:
+    """An open file: iterating gives each word and its line, of which `values` makes the vector."""
+
+    width: int  # D, values of a vector
+    count: int  # words so far, those that are not UTF-8 included
+    update: Update  # of the progress, to show a figure beside it: set before the file is iterated
+
+    def __init__(self, path: Path, file: IO[bytes], *, limit: int | None) -> None:
+        self.count = 0
+        self._path = path
+        self._said_by = "its first line says"
+        rest = self._read(file)
+        head = list(islice(rest, _HEAD))
+        if not head:
+            raise ConfigError(f"word vectors {path} has no word vector: the file is empty")
+        if any(b"\0" in line.text for line in head):
+            raise ConfigError(
+                f"word vectors {path}: this is no text file: save them in word2vec's text format (its .bin is none; "
+                f"gensim's save_word2vec_format(..., binary=False) writes one)"
+            )
+        first = head[0].text.split()
+        if len(first) == 2 and all(field.isdigit() for field in first):
+            self.width = int(first[1])
+            head = head[1:]
+        else:
+            # of lines with words that hold spaces there are few; where two widths are as frequent, the first counts
+            self.width, self._said_by = mode(line.text.count(b" ") for line in head), "others have"
+        if not 1 <= self.width <= WIDEST:
+            raise ConfigError(
+                f"word vectors {path}: {self.width} values a word can't be: a line is a word and 1 to {WIDEST} numbers"
+            )
+        if not head:
+            raise ConfigError(f"word vectors {path} has no word vector: nothing comes after its first line")
+        self._lines: Iterable[Line] = islice(chain(head, rest), limit)
+
+    def __iter__(self) -> Iterator[tuple[str, Line]]:
+        for line in self._lines:
+            word = self._word(line)
+            self.count += 1
+            if self.count % _UPDATE == 0:
+                self.update(_UPDATE)
             try:
-                fields = raw.decode("utf-8").rstrip().split(" ")
+                text = word.decode("utf-8")
             except UnicodeDecodeError:
-                raise ConfigError(
-                    f"word vectors {path}, line {number} is not UTF-8: give a text file (word2vec's .bin is none; "
-                    f"gensim's save_word2vec_format(..., binary=False) converts it)"
-                ) from None
-            if number == 1 and len(fields) == 2 and all(field.isdecimal() for field in fields):
-                width = int(fields[1])  # the header: how many words, how wide
                 continue
-            width = len(fields) - 1 if width is None else width
-            if width < 1 or len(fields) <= width:
-                raise ConfigError(
-                    f"word vectors {path}, line {number}: {len(fields) - 1} numbers after the word, not {width}"
-                )
-            seen += 1
-            word = " ".join(fields[:-width])
-            if words is None or word in words:
-                yield word, _vector(fields[-width:], f"word vectors {path}, line {number}")
+            yield text, line
+        self.update(self.count % _UPDATE)
+
+    def values(self, line: Line) -> np.ndarray:
+        """(D,) float32; ConfigError where one is no finite number."""
+        fields = line.text.rsplit(b" ", self.width)[1:]
+        try:
+            with np.errstate(over="ignore"):
+                values = np.array([float(field) for field in fields], dtype=np.float32)
+        except ValueError as error:
+            raise self._broken(line, str(error)) from None
+        if not np.isfinite(values).all():
+            raise self._broken(line, "a value is no finite number of 32 bits")
+        return values
+
+    def _word(self, line: Line) -> bytes:
+        spaces = line.text.count(b" ")
+        if spaces == self.width:
+            return line.text[: line.text.index(b" ")]
+        if self.width < spaces <= self.width + _MOST_SPACES:
+            return line.text.rsplit(b" ", self.width)[0]
+        raise self._broken(line, f"it has {spaces} values, {self._said_by} {self.width}")
+
+    def _read(self, file: IO[bytes]) -> Iterator[Line]:
+        """Each line that isn't blank; tabs become spaces."""
+        number = 0
+        try:
+            while text := file.readline(_LONGEST_LINE):
+                number += 1
+                if len(text) == _LONGEST_LINE:
+                    raise ConfigError(f"word vectors {self._path}, line {number}: it is longer than any vector")
+                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+                text = text.rstrip(b" \t\r\n").replace(b"\t", b" ")
+                if text:
+                    yield Line(number, text)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise ConfigError(f"word vectors {self._path}: it can't be read after line {number}: {error}") from None
+
+    def _broken(self, line: Line, fault: str) -> ConfigError:
+        start = line.text[:40].decode("utf-8", "replace")
+        return ConfigError(f"word vectors {self._path}, line {line.number} ('{start} …') is broken: {fault}")
 
 
-def _vector(fields: list[str], where: str) -> np.ndarray:
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked; told by how it begins, not by its name."""
     try:
-        vector = np.array(fields, dtype=np.float32)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}. A line is a word and its numbers, with spaces between") from None
-    if not np.isfinite(vector).all():
-        raise ConfigError(f"{where}: a number is not finite")
-    return vector
+        with path.open("rb") as file:
+            begins = file.read(8)
+        if begins.startswith(b"PK\x03\x04"):
+            raise ConfigError(f"word vectors {path}: this is a zip archive: unpack it, and name the file in it")
+        for magic, opener in _OPENERS.items():
+            if begins.startswith(magic):
+                return cast(IO[bytes], opener(path, "rb"))
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"word vectors {path} can't be read: {error.strerror or error}") from None

@@ -281,7 +281,10 @@ def test_what_is_wrong_is_told(tmp_path, capsys):
         ([corpus, "--out", tmp_path / "more.parquet", "--no-pos"], "ends in .jsonl, .csv, .tsv"),
         ([corpus, "--out", out, "--language", "fr"], "language"),
         ([corpus, "--out", out, "--task", "token-classification"], "new texts can be made for"),
-        ([corpus, "--out", out, "--method", "tinybert", "--word-vectors", tmp_path / "no"], "cannot be read"),
+        (
+            [corpus, "--out", out, "--method", "tinybert", "--word-vectors", tmp_path / "no"],
+            "can't be read: No such file",
+        ),
         ([corpus, "--out", out, "--method", "tinybert", "--mlm", tmp_path / "no"], "no model folder"),
         ([corpus, "--out", out, "--no-pos", "--teacher", tmp_path / "no"], "no model folder"),
         ([tmp_path / "empty.csv", "--out", out], "has no rows"),

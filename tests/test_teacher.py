@@ -19,10 +19,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from softlabels.cache.files import lock
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, TeacherError
+from softlabels.fine_tuning import hold_out
 from softlabels.pretrained import hash_weights
 from softlabels.teacher import (
     TeacherOptions,
-    hold_out,
     load_teacher,
     train_teacher,
 )

@@ -22,7 +22,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from softlabels.students import StudentSpec, read_options
 from softlabels.students.recurrent import (
-    PAD_ROW,
     PaddedLSTM,
     RecurrentConfig,
     RecurrentOptions,
@@ -100,9 +99,7 @@ class BiLSTMStudent(PreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits (B, C)."""
         rows = self.embedding.find_rows(input_ids)  # (B, L)
-        words = rows != PAD_ROW
-        if attention_mask is not None:
-            words = words & attention_mask.bool()
+        words = self.embedding.find_words(rows, attention_mask)
         if self.config.pairs is None:
             encoded = self._encode(gather_words(rows, words))
         else:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from softlabels.config import Strict
 from softlabels.errors import StudentError
 from softlabels.students import StudentSpec, refuse_incomplete
-from softlabels.students.word_vectors import WordVectors, read_word_vectors, spell_tokens
+from softlabels.students.word_vectors import WordVectors, look_up_vectors, spell_tokens
 
 PAD_ROW, UNKNOWN_ROW, FIRST_ROW = 0, 1, 2
 EMBEDDING_DIM = 300  # where neither the user nor a file of word vectors says another
@@ -82,6 +82,11 @@ class CompactEmbedding(nn.Module):
     def find_rows(self, input_ids: Tensor) -> Tensor:
         """(B, L) ids to the rows of the table (B, L) int32."""
         return self.token_map[input_ids]
+
+    def find_words(self, rows: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, L) bool: which of the `rows` (B, L) stand for a word: not padding, nor what is no word to the student."""
+        words = rows != PAD_ROW
+        return words if attention_mask is None else words & attention_mask.bool()
 
     def look_up(self, rows: Tensor) -> Tensor:
         """(B, L) rows to their vectors (B, L, width); static ones come first."""
@@ -276,7 +281,7 @@ def _start_vectors(
     spellings: list[list[str]] = [[] for _ in range(rows)]
     for row, spelling in zip(token_map[ids], spell_tokens(spec.tokenizer(), ids.tolist()), strict=True):
         spellings[row] = spelling
-    start = read_word_vectors(Path(options.word_vectors), spellings)
+    start = look_up_vectors(Path(options.word_vectors), spellings)
     if options.embedding_dim not in (None, start.width):
         raise StudentError(
             f"option 'embedding_dim' is {options.embedding_dim}, the word vectors in {options.word_vectors} have "

@@ -19,7 +19,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from softlabels.students import StudentSpec, read_options
 from softlabels.students.recurrent import (
-    PAD_ROW,
     PaddedLSTM,
     RecurrentConfig,
     RecurrentOptions,
@@ -79,9 +78,7 @@ class WordAverageStudent(PreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits (B, C)."""
         rows = self.embedding.find_rows(input_ids)  # (B, L)
-        words = rows != PAD_ROW
-        if attention_mask is not None:
-            words = words & attention_mask.bool()
+        words = self.embedding.find_words(rows, attention_mask)
         total = (self.embedding.look_up(rows) * words[:, :, None]).sum(1)  # (B, width)
         mean = self.dropout(total / words.sum(1, keepdim=True).clamp(min=1))
         one = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
