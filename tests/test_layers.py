@@ -42,7 +42,7 @@ LAYERS = {
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
     ],
-    "base": ["errors", "truncated", "types"],
+    "base": ["errors", "factors", "truncated", "types"],
 }
 MAY_IMPORT = {
     "cli": {"cli", "run", "stage", "part", "base"},
