@@ -5,10 +5,10 @@ whole cache. A language model's logits are, but for a shift a position, nearly o
 narrower than its vocabulary), so the k known logits of a position say much about the others.
 
 The model is z = s + mean + loadings · c + e: a shift s of any size, c ~ N(0, 1) for each of R factors, and noise e of a
-variance of each token's own. Given k logits, s and c have their posterior mean, by least squares (Rubin & Thayer 1982,
-"EM algorithms for ML factor analysis"; loadings here are principal components). What it expects is only a guess: who
-uses it for a loss corrects it by sampled tokens, see `softlabels.losses.vocab`. Legend: T positions, V vocabulary,
-K known logits, R factors.
+variance of each token's own. Given K logits and the mean of the others, s and c have their posterior mean, by least
+squares (Rubin & Thayer 1982, "EM algorithms for ML factor analysis"; loadings here are principal components). It is
+only an expectation; `softlabels.losses.vocab` says what a loss does with it. Legend: T positions, V vocabulary, K known
+logits, R factors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError
 
 _COUNTED_AT = 2.0  # the temperature at which a token's probability says how much it counts for the components
 _FLOOR = 1e-3  # of the mean variance: less noise is not believed of any token
+_MEAN_OFF = 0.01  # variance of a tail's mean beside what is expected of it: it is no linear map of c
 _SMALL = 1e-6  # of the largest component: a smaller one is rounding
 
 
@@ -41,25 +43,51 @@ class LogitFactors:
         """The same on another device."""
         return LogitFactors(self.mean.to(device), self.loadings.to(device), self.noise.to(device))
 
-    def expect(self, ids: Tensor, values: Tensor, *, temperature: float) -> Tensor:
+    def expect(self, ids: Tensor, values: Tensor, *, tail_mean: Tensor, temperature: float) -> Tensor:
         """(T, V) the log of what exp(z/τ) of a token outside the top is expected to be; −inf inside.
 
-        `ids` (T, K) and `values` (T, K), highest first, are the logits that are known. No other is expected above the
-        lowest of these. Where z has the variance v, exp(z/τ) has the mean exp(E z/τ + v/2τ²). No gradient.
+        Known are the logits `values` (T, K), highest first, of the tokens `ids` (T, K), and `tail_mean` (T,), the mean
+        of z under softmax(z/τ) over all others. No other is expected above the lowest known one. Where z has the
+        variance v, exp(z/τ) has the mean exp(E z/τ + v/2τ²). No gradient.
         """
         with torch.no_grad():
-            known = self.loadings.double()[ids]  # (T, K, R)
-            known = torch.nn.functional.pad(known, (1, 0), value=1.0)  # (T, K, R + 1), the shift's column first
-            weighted = known / self.noise.double()[ids].unsqueeze(2)
-            prior = torch.ones(known.shape[2], dtype=torch.float64, device=ids.device)
-            prior[0] = 0  # any shift is as likely
-            precision = weighted.transpose(1, 2) @ known + torch.diag(prior)  # (T, R + 1, R + 1)
-            above = values.double() - self.mean.double()[ids]
-            found = torch.linalg.solve(precision, (weighted * above.unsqueeze(2)).sum(dim=1)).to(values.dtype)
-            expected = found[:, 1:] @ self.loadings.to(values.dtype).T + found[:, :1] + self.mean.to(values.dtype)
-            expected = torch.minimum(expected, values[:, -1:]) / temperature
-            expected += self.noise.to(values.dtype) / (2 * temperature**2)
-            return expected.scatter(1, ids, float("-inf"))
+            found, precision = self._given_the_top(ids, values)
+            found = self._given_the_mean(found, precision, ids, values, tail_mean, temperature)
+            return self._scores(torch.minimum(self._logits(found, values.dtype), values[:, -1:]), ids, temperature)
+
+    def _logits(self, found: Tensor, dtype: torch.dtype) -> Tensor:
+        """(T, V) of `found` (T, R + 1): the shift, and c."""
+        return found[:, 1:].to(dtype) @ self.loadings.to(dtype).T + found[:, :1].to(dtype) + self.mean.to(dtype)
+
+    def _scores(self, expected: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        scores = expected / temperature + self.noise.to(expected.dtype) / (2 * temperature**2)
+        return scores.scatter(1, ids, float("-inf"))
+
+    def _given_the_top(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, R + 1) posterior mean of the shift and c, and its precision (T, R + 1, R + 1), float64."""
+        known = F.pad(self.loadings.double()[ids], (1, 0), value=1.0)  # (T, K, R + 1), the shift's column first
+        weighted = known / self.noise.double()[ids].unsqueeze(2)
+        prior = torch.ones(known.shape[2], dtype=torch.float64, device=ids.device)
+        prior[0] = 0  # any shift is as likely
+        precision = weighted.transpose(1, 2) @ known + torch.diag(prior)
+        above = (values.double() - self.mean.double()[ids]).unsqueeze(2)
+        return torch.linalg.solve(precision, (weighted * above).sum(dim=1)), precision
+
+    def _given_the_mean(
+        self, found: Tensor, precision: Tensor, ids: Tensor, values: Tensor, tail_mean: Tensor, temperature: float
+    ) -> Tensor:
+        """`found` again, now that the tail's mean is known too: one Kalman step, the mean linearised where we are."""
+        dtype = tail_mean.dtype
+        unbound = self._logits(found, dtype)
+        expected = torch.minimum(unbound, values[:, -1:])
+        r = self._scores(expected, ids, temperature).softmax(dim=1)
+        expected += self.noise.to(dtype) / temperature  # the mean of z where exp(z/τ) weighs
+        mean = (r * expected).sum(dim=1, keepdim=True)
+        slope = r * (1 + (expected - mean) / temperature) * (unbound < values[:, -1:])  # of the mean in each z
+        slope = torch.cat([slope.sum(dim=1, keepdim=True), slope @ self.loadings.to(dtype)], dim=1).double()
+        towards = torch.linalg.solve(precision, slope)  # (T, R + 1)
+        gain = towards / ((slope * towards).sum(dim=1, keepdim=True) + _MEAN_OFF)
+        return found + gain * (tail_mean[:, None] - mean).double()
 
 
 def fit_factors(logits: Tensor, *, rank: int) -> LogitFactors:

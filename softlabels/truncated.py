@@ -293,6 +293,16 @@ def _newton(points: list[float], values: list[Tensor], slopes: list[Tensor], at:
     return result
 
 
+def tail_mean_at(truncated: TruncatedLogits, temperature: float) -> Tensor:
+    """(T,) the tail's mean of z under softmax(z/τ), which is f'(β): exact at the nodes, else a slope of `f` there."""
+    if temperature in TEMPERATURES:
+        return truncated.tail_mean[:, TEMPERATURES.index(temperature)]
+    check_temperature(temperature)
+    low, high = 0.98 / temperature, min(1.02 / temperature, 1 / TEMPERATURES[0])
+    change = tail_logsumexp_at(truncated, 1 / high) - tail_logsumexp_at(truncated, 1 / low)
+    return change / (high - low)
+
+
 def tail_mass_at(truncated: TruncatedLogits, temperature: float) -> Tensor:
     """(T,) the probability of the whole tail under softmax(z/τ)."""
     top = (truncated.values / temperature).logsumexp(dim=1)

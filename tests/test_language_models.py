@@ -30,7 +30,7 @@ from softlabels.perplexity import evaluate_language_model
 from softlabels.runs import load_run, save_run
 from softlabels.teacher import load_teacher
 from softlabels.train import train_student
-from softlabels.truncated import TruncatedLogits, truncate
+from softlabels.truncated import TruncatedLogits, tail_mean_at, truncate
 from softlabels.types import NO_LABEL, Example, Signals, TokenBatch
 from tests.models import TEXTS
 from tests.test_tasks import save
@@ -174,7 +174,7 @@ def test_factors_are_kept_once_and_used(teacher: Path, tmp_path: Path) -> None:
     batch = cache.batch([7, 0, 11], vocab.fields)
     kept, wanted = vocab(batch.teacher), live_logits(teacher, batch.tokens)
     assert isinstance(kept, TruncatedLogits) and kept.factors is not None and vocab.factors is kept.factors
-    expected = kept.factors.expect(kept.ids, kept.values, temperature=2.0)
+    expected = kept.factors.expect(kept.ids, kept.values, tail_mean=tail_mean_at(kept, 2.0), temperature=2.0)
     even = torch.zeros_like(wanted).scatter(1, kept.ids, -math.inf)
     true = (wanted / 2).scatter(1, kept.ids, -math.inf).softmax(1)
     off, of_even = ((true - guess.softmax(1)).abs().sum(1).mean() for guess in (expected, even))

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError
-from softlabels.truncated import TruncatedLogits, tail_logsumexp_at
+from softlabels.truncated import TruncatedLogits, tail_logsumexp_at, tail_mean_at
 
 Tail = Literal["bucket", "sampled", "factors"]
 
@@ -145,7 +145,10 @@ def _expected_tail(teacher: TruncatedLogits, temperature: float, dtype: torch.dt
             f"factors of {teacher.factors.vocab_size} tokens and logits of {teacher.vocab_size}: they are of different "
             f"teachers"
         )
-    expected = teacher.factors.expect(teacher.ids, teacher.values.to(dtype), temperature=temperature)
+    mean = tail_mean_at(teacher, temperature).to(dtype)
+    expected = teacher.factors.expect(
+        teacher.ids, teacher.values.to(dtype), tail_mean=mean, temperature=temperature
+    )
     return expected.log_softmax(dim=1) + log_mass[:, None]
 
 

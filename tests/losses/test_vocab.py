@@ -19,6 +19,7 @@ from softlabels.truncated import (
     TruncatedLogits,
     sample_weights,
     tail_logsumexp_at,
+    tail_mean_at,
     truncate,
 )
 
@@ -166,7 +167,8 @@ def test_without_samples_the_tail_is_what_the_factors_expect(name: str, temperat
     """The loss is that of full logits whose tail is r, of the teacher's mass."""
     student, teacher = logits(5, 60, 30), logits(5, 60, 31)
     truncated = replace(truncate(teacher, k=8), factors=factors_of(60))
-    expected = factors_of(60).expect(truncated.ids, truncated.values, temperature=temperature)
+    mean = tail_mean_at(truncated, temperature)
+    expected = factors_of(60).expect(truncated.ids, truncated.values, tail_mean=mean, temperature=temperature)
     top = truncated.values / temperature
     rest = tail_logsumexp_at(truncated, temperature)[:, None]
     r = (expected.log_softmax(1) + rest).scatter(1, truncated.ids, top)  # scores at the temperature
