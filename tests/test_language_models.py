@@ -138,6 +138,9 @@ def test_logits_that_are_more_than_a_linear_map(teacher: Path) -> None:
 
 def test_forms() -> None:
     assert parse_form("exact") == Form() and str(parse_form("topk=8,samples=3,packed")) == "topk=8,samples=3,packed"
+    assert parse_form("topk=8,packed,factors=4") == Form(8, packed=True, factors=4)
+    with pytest.raises(ConfigError, match="257 factors of the tail: give 256 at the most"):
+        parse_form("topk=8,factors=257")
     for text in ("", "topk", "topk=0", "topk=x", "top=3", "topk=3,topk=4", "exact,packed", "samples=2"):
         with pytest.raises(ConfigError, match="vocab:exact, vocab:topk=64"):
             parse_form(text)

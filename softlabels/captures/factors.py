@@ -16,7 +16,7 @@ _ROOM = 1 << 26  # numbers
 
 
 def sample_factors(run: TeacherRun, batches: Iterable[TokenBatch], *, targets: int, rank: int) -> LogitFactors:
-    """At most `rank` factors of the logits at some of the `targets` that the `batches` have, spread evenly over them."""
+    """At most `rank` factors of the logits at some of the `targets` that the `batches` have, evenly spread."""
     wanted = min(TARGETS, max(1, _ROOM // run.vocab_size))
     step, seen, sample = max(1, -(-targets // wanted)), 0, []
     for batch in batches:

@@ -1,8 +1,8 @@
 """Losses of a language model's student: its logits at the targets of a batch, (T, V), against the teacher's there.
 
 The teacher's logits are complete, or what a cache kept of them; `softlabels.losses.vocab` has the formulas. Where
-the teacher left factors the tail is what these expect, corrected by the sampled tokens where there are any; with samples
-alone the loss is unbiased by them; else the tail is one bucket. All are means over the T targets.
+the teacher left factors the tail is what these expect, corrected by the sampled tokens where there are any; with
+samples alone the loss is unbiased by them; else the tail is one bucket. All are means over the T targets.
 """
 
 from __future__ import annotations

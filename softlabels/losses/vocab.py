@@ -18,8 +18,8 @@ p is the teacher's distribution at temperature τ, q the student's. Each loss is
 there is none). Each is summed as Σ (p·log(p/q) − p + q) or alike: over all outcomes −p + q adds nothing, but each term
 is now ≥ 0 and 0 where p = q, so that under "sampled" samples add no noise, in value or gradient, where the student
 equals the teacher (Schulman 2020, "Approximating KL divergence", k3). The price is noise where it is far from it, as
-every student is at first: a token that is drawn though p is small has a weight of 1/p, times q. Under "factors" q enters
-for the whole tail and the weights meet only p − r, so that the noise is the same near to and far from the teacher.
+every student is at first: a token that is drawn though p is small has a weight of 1/p, times q. Under "factors" q
+enters for the whole tail and the weights meet only p − r; what noise there is stays where the student nears p.
 
 A −inf of both sides (a padded vocabulary) counts nothing. Where only one has it the loss is what the formula says, in
 places +∞: trim the vocabularies to the same ids first. Student logits of 16 bits are raised to float32.
@@ -94,9 +94,7 @@ def _product(log_mass: Tensor, other: Tensor) -> Tensor:
     return log_mass.exp() * other.masked_fill(torch.isneginf(log_mass), 0)
 
 
-def _outcomes(
-    student: Tensor, teacher: Tensor | TruncatedLogits, temperature: float, tail: Tail
-) -> list[_Outcomes]:
+def _outcomes(student: Tensor, teacher: Tensor | TruncatedLogits, temperature: float, tail: Tail) -> list[_Outcomes]:
     """Both sides at `temperature`, over the V tokens; or over the top k, and the tail as `tail` has it."""
     if tail not in get_args(Tail):
         raise ConfigError(f"tail '{tail}' of a vocabulary loss: there are 'bucket', 'sampled' and 'factors'")
@@ -146,9 +144,7 @@ def _expected_tail(teacher: TruncatedLogits, temperature: float, dtype: torch.dt
             f"teachers"
         )
     mean = tail_mean_at(teacher, temperature).to(dtype)
-    expected = teacher.factors.expect(
-        teacher.ids, teacher.values.to(dtype), tail_mean=mean, temperature=temperature
-    )
+    expected = teacher.factors.expect(teacher.ids, teacher.values.to(dtype), tail_mean=mean, temperature=temperature)
     return expected.log_softmax(dim=1) + log_mass[:, None]
 
 

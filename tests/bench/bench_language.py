@@ -38,6 +38,7 @@ from softlabels.types import Example, Signals
 from tests.bench.bench_vocab import CORPORA, HELD_OUT, TRAINING, make_teacher
 
 WORDS = 80  # of a passage
+UNSEEN = "Ā"  # the byte 0, as a byte-level vocabulary writes it: in no text
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # nothing is seen often enough to overfit
 FORMS = {
     "full logits": "vocab:exact",
@@ -104,7 +105,7 @@ def main() -> None:
         made = make_teacher(given.corpora, given.seconds, folder)
         print(f"teacher: perplexity {made.perplexity:.1f} on held-out windows")
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), eos_token="!", model_max_length=128
+            tokenizer_file=str(folder / "tokenizer.json"), eos_token=UNSEEN, model_max_length=128
         )
         tokenizer.save_pretrained(folder)
         corpus = passages(given.corpora, TRAINING, given.rows)
