@@ -5,8 +5,8 @@ Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 120
 The teacher is bench_vocab's: GPT-2-shaped, trained here on three novels (with `--model DIR` it is kept and used again).
 It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2
 (`--ce` adds the tokens themselves), from the same first weights in the same order; a fourth novel is held out and gives
-the perplexity. `renormalised` is what is usually done with a top k, the teacher made to sum to 1 inside it, from the
-same cache as topk=32.
+the perplexity. With factors the tail is spread as the cache's factor model of the teacher expects it; `topk=32` has it
+as one bucket; `renormalised` is what is usually done with a top k: the same cache, the teacher made to sum to 1 inside.
 """
 
 from __future__ import annotations
@@ -90,15 +90,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="of the teacher's training")
     parser.add_argument("--model", type=Path, default=None, help="keep the teacher there")
     parser.add_argument("--corpora", type=Path, default=CORPORA)
-    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ce", type=float, default=0.0, help="weight of the tokens themselves; KL has the rest")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--more", action="store_true", help="sampled and packed forms too")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     if not (given.corpora / "lm_english_novels").is_dir():
         print(f"skipped: no folder {given.corpora / 'lm_english_novels'}")
         return
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         folder = given.model or place / "teacher"
@@ -140,11 +143,9 @@ def main() -> None:
             mean, full = statistics.mean(found[title]), statistics.mean(found["full logits"])
             seconds = (time.perf_counter() - started) / given.seeds
             print(f"{title:<29}{size:>9.0f}{mean:>12.2f}{mean / full - 1:>12.2%} {seconds:>6.0f}", flush=True)
-        print(
-            "\nperplexity: mean over seeds " + ", ".join(f"{t}: {[round(x, 1) for x in v]}" for t, v in found.items())
-        )
+        print(f"\n{time.perf_counter() - began:.0f} s in all, {given.threads} threads")
+        print("perplexity: mean over seeds " + ", ".join(f"{t}: {[round(x, 1) for x in v]}" for t, v in found.items()))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
