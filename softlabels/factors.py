@@ -53,24 +53,30 @@ class LogitFactors:
         with torch.no_grad():
             found, precision = self._given_the_top(ids, values)
             found = self._given_the_mean(found, precision, ids, values, tail_mean, temperature)
-            return self._scores(torch.minimum(self._logits(found, values.dtype), values[:, -1:]), ids, temperature)
+            expected = self._logits(found, values.dtype)
+            return self._scores(torch.minimum(expected, values[:, -1:], out=expected), ids, temperature)
+
+    def _columns(self, dtype: torch.dtype) -> Tensor:
+        """(V, R + 2) what a token's logit is a sum of: the shift, the factors, the mean."""
+        mean = self.mean.to(dtype).unsqueeze(1)
+        return torch.cat([torch.ones_like(mean), self.loadings.to(dtype), mean], dim=1)
 
     def _logits(self, found: Tensor, dtype: torch.dtype) -> Tensor:
         """(T, V) of `found` (T, R + 1): the shift, and c."""
-        return found[:, 1:].to(dtype) @ self.loadings.to(dtype).T + found[:, :1].to(dtype) + self.mean.to(dtype)
+        return F.pad(found, (0, 1), value=1.0).to(dtype) @ self._columns(dtype).T
 
     def _scores(self, expected: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        scores = expected / temperature + self.noise.to(expected.dtype) / (2 * temperature**2)
-        return scores.scatter(1, ids, float("-inf"))
+        scores = expected / temperature
+        return scores.add_(self.noise.to(expected.dtype) / (2 * temperature**2)).scatter_(1, ids, float("-inf"))
 
     def _given_the_top(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(T, R + 1) posterior mean of the shift and c, and its precision (T, R + 1, R + 1), float64."""
-        known = F.pad(self.loadings.double()[ids], (1, 0), value=1.0)  # (T, K, R + 1), the shift's column first
-        weighted = known / self.noise.double()[ids].unsqueeze(2)
+        known = F.pad(self.loadings[ids].double(), (1, 0), value=1.0)  # (T, K, R + 1), the shift's column first
+        weighted = known / self.noise[ids].double().unsqueeze(2)
         prior = torch.ones(known.shape[2], dtype=torch.float64, device=ids.device)
         prior[0] = 0  # any shift is as likely
         precision = weighted.transpose(1, 2) @ known + torch.diag(prior)
-        above = (values.double() - self.mean.double()[ids]).unsqueeze(2)
+        above = (values.double() - self.mean[ids].double()).unsqueeze(2)
         return torch.linalg.solve(precision, (weighted * above).sum(dim=1)), precision
 
     def _given_the_mean(
@@ -78,13 +84,14 @@ class LogitFactors:
     ) -> Tensor:
         """`found` again, now that the tail's mean is known too: one Kalman step, the mean linearised where we are."""
         dtype = tail_mean.dtype
-        unbound = self._logits(found, dtype)
-        expected = torch.minimum(unbound, values[:, -1:])
+        expected = self._logits(found, dtype)
+        bound = expected >= values[:, -1:]  # (T, V) tokens whose z stays where it is
+        torch.minimum(expected, values[:, -1:], out=expected)
         r = self._scores(expected, ids, temperature).softmax(dim=1)
-        expected += self.noise.to(dtype) / temperature  # the mean of z where exp(z/τ) weighs
-        mean = (r * expected).sum(dim=1, keepdim=True)
-        slope = r * (1 + (expected - mean) / temperature) * (unbound < values[:, -1:])  # of the mean in each z
-        slope = torch.cat([slope.sum(dim=1, keepdim=True), slope @ self.loadings.to(dtype)], dim=1).double()
+        expected.add_(self.noise.to(dtype) / temperature)  # the mean of z where exp(z/τ) weighs
+        mean = torch.linalg.vecdot(r, expected).unsqueeze(1)  # (T, 1)
+        slope = expected.sub_(mean).div_(temperature).add_(1).mul_(r).masked_fill_(bound, 0)  # of the mean in each z
+        slope = (slope @ self._columns(dtype)[:, :-1]).double()  # (T, R + 1), in the shift and c
         towards = torch.linalg.solve(precision, slope)  # (T, R + 1)
         gain = towards / ((slope * towards).sum(dim=1, keepdim=True) + _MEAN_OFF)
         return found + gain * (tail_mean[:, None] - mean).double()
