@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMask
 
 from softlabels import train
 from softlabels.cache import Cache, open_cache
-from softlabels.cache.factors import FACTORS
+from softlabels.cache.factors import FACTORS, save_factors
 from softlabels.cache.head import HEAD
 from softlabels.cache.verify import verify_cache
 from softlabels.cache.vocab import Form, open_vocab, parse_form
@@ -24,6 +24,7 @@ from softlabels.config import DumpOptions, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, TeacherError
+from softlabels.factors import fit_factors
 from softlabels.losses import language
 from softlabels.losses import vocab as losses
 from softlabels.perplexity import evaluate_language_model
@@ -195,6 +196,13 @@ def test_the_same_dump_gives_the_same_factors(teacher: Path, tmp_path: Path) -> 
     assert one == other
     dumped(tmp_path / "b", teacher, FORMS[4])  # again, into the finished cache
     assert (tmp_path / "b" / "teacher" / FACTORS).read_bytes() == one
+
+
+def test_factors_that_float16_cannot_hold(tmp_path: Path) -> None:
+    wild = fit_factors(torch.randn(9, 30, generator=torch.Generator()) * 1e6, rank=4)
+    with pytest.raises(CacheError, match="float16 holds 65,504"):
+        save_factors(tmp_path, wild)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lost_damaged_or_foreign_factors(teacher: Path, tmp_path: Path) -> None:

@@ -18,11 +18,19 @@ FACTORS = "factors.safetensors"
 
 
 def save_factors(folder: Path, factors: LogitFactors) -> None:
-    """Write the factors into the cache at `folder`, whole or not at all; those that are there are left."""
+    """Write the factors into the cache at `folder`, whole or not at all; those that are there are left.
+
+    CacheError where float16 can't hold them.
+    """
     path = folder / "teacher" / FACTORS
     if path.is_file():
         return
     loadings = factors.loadings.half().contiguous()
+    if not bool(torch.isfinite(loadings).all()):
+        raise CacheError(
+            f"logits that vary by {float(factors.loadings.abs().max()):.6g}: float16 holds 65,504. Nothing was stored; "
+            f"mend the teacher, or leave factors out of --capture vocab:topk=…"
+        )
     write_file(path, save({"mean": factors.mean.contiguous(), "loadings": loadings, "noise": factors.noise}))
 
 

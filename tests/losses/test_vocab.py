@@ -317,9 +317,11 @@ def test_sixteen_bits_and_large_logits_stay_finite(name: str, tail: str, dtype: 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_positions_cost_nothing(name: str) -> None:
     student = torch.randn(0, 30, requires_grad=True)
-    loss = LOSSES[name](student, truncate(torch.empty(0, 30), k=3), temperature=2.0)
-    loss.backward()
-    assert loss.item() == 0.0
+    truncated = replace(truncate(torch.empty(0, 30), k=3), factors=factors_of(30))
+    for tail in ("bucket", "factors"):
+        loss = LOSSES[name](student, truncated, temperature=2.0, tail=tail)
+        loss.backward()
+        assert loss.item() == 0.0
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
