@@ -130,7 +130,7 @@ def main() -> None:
                     losses={"kl": 1 - given.ce, "ce": given.ce} if given.ce else {"kl": 1.0},
                     temperature="2",
                     epochs=given.epochs,
-                    batch_size=4,
+                    batch_size=2,
                     lr=3e-3,
                     validation=0.0,
                     seed=seed,
