@@ -247,7 +247,7 @@ def dump_command(
             metavar="WHAT",
             help="logits, pooled, hidden:LAYERS, hidden:LAYERS@cls or @mean, qkv:LAYERS, attention:LAYERS or "
             "attention:LAYERS@scores (LAYERS: 3,6 or 1-6 or all); of a language model vocab:exact, vocab:topk=64 or "
-            "vocab:topk=64,samples=2,packed; may be repeated; by default logits, or what is nearest to them",
+            "vocab:topk=64,factors=64,packed; may be repeated; by default logits, or what is nearest to them",
         ),
     ] = None,
     task: Annotated[

@@ -21,8 +21,10 @@ from softlabels.cache.build import build_cache, check_rows, image_teacher_card, 
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
+from softlabels.cache.vocab import parse_form
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.choose import choose_captures
+from softlabels.captures.factors import sample_factors
 from softlabels.captures.forward import Request
 from softlabels.captures.output_head import OutputHead, keep_head
 from softlabels.config import DumpOptions, Masking
@@ -30,14 +32,16 @@ from softlabels.corpus import Corpus
 from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
+from softlabels.factors import LogitFactors
 from softlabels.pixels import ImageReader, check_sequence
 from softlabels.progress import progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
-from softlabels.tokens import pad_batch, resolve_max_length
+from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
 from softlabels.types import IMAGES, Example, ImageBatch, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
+_FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for factors, and tokens at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,10 @@ def dump(
             corpus, loaded, options, fields=fields, max_length=way.max_length, labels=labels, masking=masking
         )
         head = _head(loaded, run, way.probe)
-        with build_cache(out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head) as build:
+        factors = _factors(corpus, loaded, run, options, max_length=way.max_length)
+        with build_cache(
+            out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors
+        ) as build:
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
@@ -178,6 +185,31 @@ def _head(teacher: Teacher, run: TeacherRun, probe: TokenBatch | ImageBatch) -> 
     if seen.head_states is None or seen.logits is None:
         raise TeacherError(f"--capture vocab: a teacher for {teacher.task} has no vocabulary to speak of")
     return keep_head(teacher.model, seen.head_states, seen.logits, vocab_size=len(teacher.tokenizer))
+
+
+def _factors(
+    corpus: Corpus, teacher: Teacher, run: TeacherRun, options: DumpOptions, *, max_length: int
+) -> LogitFactors | None:
+    """The factors of the teacher's logits on some rows, always the same ones, where a capture asks for them."""
+    rank = max((parse_form(request.form).factors for request in run.requests if request.capture == "vocab"), default=0)
+    if not rank:
+        return None
+    step = -(-len(corpus.examples) // _FACTOR_ROWS)
+    chosen = [replace(row, label=None) for row in corpus.examples[::step]]
+    labels = encode_task_labels(teacher.task, chosen, teacher.label_names)
+    masking = _masking(teacher, options)
+    tokens = tokenize_task(
+        teacher.task,
+        teacher.tokenizer,
+        chosen,
+        max_length=max_length,
+        labels=labels,
+        masking=masking,
+        model=teacher.model,
+    ).examples
+    parts = batches_by_length([len(row.input_ids) for row in tokens], batch_tokens=_FACTOR_BATCH)
+    batches = (_batch(teacher, [tokens[number] for number in part]) for part in parts)
+    return sample_factors(run, batches, targets=sum(map(count_row_targets, tokens)), rank=rank)
 
 
 def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError, TeacherError
+from softlabels.factors import LogitFactors
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)  # the nodes; each is half the next, which `_truncate` relies on
 SAMPLE_TEMPERATURES = (2.0, 4.0, 1.0, 8.0)  # sample s is drawn from softmax(z/τ) with the s-th of these, in turns
@@ -51,6 +52,7 @@ class TruncatedLogits:
     sampled_weights: Tensor  # (T, S)
     vocab_size: int  # V, the columns of the logits; ids are below it
     masked: int = 0  # columns that are padding at every position (see OUTSIDE)
+    factors: LogitFactors | None = None  # what the tail is expected to look like, where the teacher left that
 
     @property
     def k(self) -> int:
@@ -75,6 +77,7 @@ class TruncatedLogits:
             sampled_ids=self.sampled_ids.to(device),
             sampled_values=self.sampled_values.to(device),
             sampled_weights=self.sampled_weights.to(device),
+            factors=None if self.factors is None else self.factors.to(device),
         )
 
 
@@ -134,6 +137,7 @@ def concatenate(parts: Sequence[TruncatedLogits]) -> TruncatedLogits:
         sampled_weights=torch.cat([part.sampled_weights for part in parts]),
         vocab_size=first.vocab_size,
         masked=first.masked,
+        factors=first.factors,
     )
 
 
@@ -287,6 +291,16 @@ def _newton(points: list[float], values: list[Tensor], slopes: list[Tensor], at:
         product *= at - points[order - 1]
         result = result + product * column[0]
     return result
+
+
+def tail_mean_at(truncated: TruncatedLogits, temperature: float) -> Tensor:
+    """(T,) the tail's mean of z under softmax(z/τ), which is f'(β): exact at the nodes, else a slope of `f` there."""
+    if temperature in TEMPERATURES:
+        return truncated.tail_mean[:, TEMPERATURES.index(temperature)]
+    check_temperature(temperature)
+    low, high = 0.98 / temperature, min(1.02 / temperature, 1 / TEMPERATURES[0])
+    change = tail_logsumexp_at(truncated, 1 / high) - tail_logsumexp_at(truncated, 1 / low)
+    return change / (high - low)
 
 
 def tail_mass_at(truncated: TruncatedLogits, temperature: float) -> Tensor:

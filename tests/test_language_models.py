@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM, GPT2LMHeadModel
 
 from softlabels import train
 from softlabels.cache import Cache, open_cache
+from softlabels.cache.factors import FACTORS, save_factors
 from softlabels.cache.head import HEAD
 from softlabels.cache.verify import verify_cache
 from softlabels.cache.vocab import Form, open_vocab, parse_form
@@ -21,18 +24,27 @@ from softlabels.config import DumpOptions, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, TeacherError
+from softlabels.factors import fit_factors
 from softlabels.losses import language
+from softlabels.losses import vocab as losses
 from softlabels.perplexity import evaluate_language_model
 from softlabels.runs import load_run, save_run
 from softlabels.teacher import load_teacher
 from softlabels.train import train_student
-from softlabels.truncated import TruncatedLogits, truncate
+from softlabels.truncated import TruncatedLogits, tail_mean_at, truncate
 from softlabels.types import NO_LABEL, Example, Signals, TokenBatch
 from tests.models import TEXTS
 from tests.test_tasks import save
 
 KINDS = ["GPT2LMHeadModel", "BertForMaskedLM"]
-FORMS = ["vocab:exact", "vocab:topk=16", "vocab:topk=16,samples=2", "vocab:topk=16,samples=4,packed"]
+FORMS = [
+    "vocab:exact",
+    "vocab:topk=16",
+    "vocab:topk=16,samples=2",
+    "vocab:topk=16,samples=4,packed",
+    "vocab:topk=16,factors=8",
+    "vocab:topk=16,samples=1,factors=8,packed",
+]
 
 
 def corpus_of(count: int) -> Corpus:
@@ -127,6 +139,9 @@ def test_logits_that_are_more_than_a_linear_map(teacher: Path) -> None:
 
 def test_forms() -> None:
     assert parse_form("exact") == Form() and str(parse_form("topk=8,samples=3,packed")) == "topk=8,samples=3,packed"
+    assert parse_form("topk=8,packed,factors=4") == Form(8, packed=True, factors=4)
+    with pytest.raises(ConfigError, match="257 factors of the tail: give 256 at the most"):
+        parse_form("topk=8,factors=257")
     for text in ("", "topk", "topk=0", "topk=x", "top=3", "topk=3,topk=4", "exact,packed", "samples=2"):
         with pytest.raises(ConfigError, match="vocab:exact, vocab:topk=64"):
             parse_form(text)
@@ -156,6 +171,62 @@ def test_a_lost_or_foreign_head(teacher: Path, tmp_path: Path) -> None:
         open_vocab(open_cache(tmp_path)), open_cache(tmp_path).batch([0], ["vocab_states"])
 
 
+def test_factors_are_kept_once_and_used(teacher: Path, tmp_path: Path) -> None:
+    """Those of the teacher's logits at the rows of the cache, so that its tails are expected nearly as they are."""
+    cache = dumped(tmp_path, teacher, FORMS[4], rows=40)
+    vocab = open_vocab(cache)
+    batch = cache.batch([7, 0, 11], vocab.fields)
+    kept, wanted = vocab(batch.teacher), live_logits(teacher, batch.tokens)
+    assert isinstance(kept, TruncatedLogits) and kept.factors is not None and vocab.factors is kept.factors
+    expected = kept.factors.expect(kept.ids, kept.values, tail_mean=tail_mean_at(kept, 2.0), temperature=2.0)
+    even = torch.zeros_like(wanted).scatter(1, kept.ids, -math.inf)
+    true = (wanted / 2).scatter(1, kept.ids, -math.inf).softmax(1)
+    off, of_even = ((true - guess.softmax(1)).abs().sum(1).mean() for guess in (expected, even))
+    assert off < 0.8 * of_even
+    says = Signals({}, batch.tokens.attention_mask, batch.tokens.labels, kept)
+    own = Signals({"logits": torch.randn(wanted.shape, generator=torch.Generator())}, says.mask, says.labels)
+    by_name = losses.kl(own.logits, kept, temperature=2.0, tail="factors")
+    assert torch.equal(language.kl(own, says, temperature=2.0), by_name)
+
+
+def test_the_same_dump_gives_the_same_factors(teacher: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        dumped(tmp_path / name, teacher, FORMS[4])
+    one, other = ((tmp_path / name / "teacher" / FACTORS).read_bytes() for name in ("a", "b"))
+    assert one == other
+    dumped(tmp_path / "b", teacher, FORMS[4])  # again, into the finished cache
+    assert (tmp_path / "b" / "teacher" / FACTORS).read_bytes() == one
+
+
+def test_factors_that_float16_cannot_hold(tmp_path: Path) -> None:
+    wild = fit_factors(torch.randn(9, 30, generator=torch.Generator()) * 1e6, rank=4)
+    with pytest.raises(CacheError, match="float16 holds 65,504"):
+        save_factors(tmp_path, wild)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lost_damaged_or_foreign_factors(teacher: Path, tmp_path: Path) -> None:
+    cache = dumped(tmp_path, teacher, FORMS[4])
+    path = tmp_path / "teacher" / FACTORS
+    whole = path.read_bytes()
+    for damage in (whole[:-10], whole + b" " * (1 << 21), b"", save_tensors({"mean": torch.zeros(3)})):
+        path.write_bytes(damage)
+        assert not verify_cache(tmp_path).whole
+        with pytest.raises(CacheError, match=r"damaged|refused"):
+            open_vocab(cache)
+    parts = load_tensors(whole)
+    path.write_bytes(save_tensors(parts | {"noise": -parts["noise"]}))
+    with pytest.raises(CacheError, match="not above 0"):
+        open_vocab(cache)
+    for foreign in ({"mean": parts["mean"][:-1].clone()}, {"loadings": torch.zeros(len(parts["mean"]), 9).half()}):
+        path.write_bytes(save_tensors(parts | foreign))
+        with pytest.raises(CacheError, match="of another teacher"):
+            open_vocab(cache)
+    path.unlink()
+    with pytest.raises(CacheError, match="is missing"):
+        open_vocab(cache)
+
+
 # --------------------------------------------------------------------------------------------------------- students
 
 
@@ -181,7 +252,7 @@ def test_losses_are_those_of_the_full_logits(teacher: Path, tmp_path: Path) -> N
         assert results[-1] == pytest.approx([kl, reverse, cross], rel=2e-3)
 
 
-@pytest.mark.parametrize("capture", [FORMS[0], FORMS[1], FORMS[3]])
+@pytest.mark.parametrize("capture", [FORMS[0], FORMS[1], FORMS[3], FORMS[4]])
 def test_a_student_learns_the_language(teacher: Path, tmp_path: Path, capture: str) -> None:
     cache = dumped(tmp_path / "cache", teacher, capture, rows=40, shard_rows=64)
     options = StudentOptions(

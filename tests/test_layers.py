@@ -53,7 +53,7 @@ LAYERS = {
         "tokens",
         "word_vectors",
     ],
-    "base": ["errors", "truncated", "types"],
+    "base": ["errors", "factors", "truncated", "types"],
 }
 MAY_IMPORT = {
     "cli": {"cli", "run", "stage", "part", "base"},

@@ -18,6 +18,7 @@ from softlabels.truncated import (
     sample_weights,
     tail_logsumexp_at,
     tail_mass_at,
+    tail_mean_at,
     truncate,
     use_fewer,
 )
@@ -45,6 +46,15 @@ def true_mass(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("temperature", ASKED)
+def test_the_tails_mean_is_right_at_every_temperature(temperature: float) -> None:
+    logits = language_logits(20, 3000)
+    truncated = truncate(logits, k=32)
+    p = (logits.double().scatter(1, truncated.ids, -math.inf) / temperature).softmax(1)
+    off = (tail_mean_at(truncated, temperature) - (p * logits.double()).sum(1)).abs().max().item()
+    assert off < (1e-4 if temperature in TEMPERATURES else 0.05)
 
 
 def test_the_top_is_sorted_and_the_nodes_are_exact() -> None:

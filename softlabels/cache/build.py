@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
+from softlabels.cache.factors import save_factors
 from softlabels.cache.files import lock, sweep_temporary, sync_folder, write_file
 from softlabels.cache.format import (
     EXAMPLES,
@@ -45,6 +46,7 @@ from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
+from softlabels.factors import LogitFactors
 from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
 from softlabels.types import IMAGES, SEQ2SEQ, Task
@@ -224,10 +226,11 @@ def build_cache(
     tokenizer: Reader,
     config: PretrainedConfig | None,
     head: OutputHead | None = None,
+    factors: LogitFactors | None = None,
 ) -> Iterator[CacheBuild]:
     """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it.
 
-    `head` is the teacher's output head, for `vocab:exact`.
+    `head` is the teacher's output head, for `vocab:exact`; `factors` are for `vocab:topk=K,factors=R`.
     """
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,6 +246,8 @@ def build_cache(
             _save_folder(folder / "teacher", config)
         if head is not None:
             save_head(folder, head)
+        if factors is not None:
+            save_factors(folder, factors)
         if isinstance(tokenizer, BaseImageProcessor):
             if not (folder / "processor").is_dir():
                 _save_folder(folder / "processor", tokenizer)

@@ -8,6 +8,8 @@ A cache is a folder:
     processor/               its image processor, saved likewise: preprocessor_config.json
     teacher/config.json      the teacher's configuration, where it is known; never its weights, but for
     teacher/head.safetensors the output head, where `vocab_states` are kept: `weight` (V, D), `bias` (V), `softcap` (1)
+    teacher/factors.safetensors  where the form of `vocab_…` has `factors=N`: `mean` (V) float32, `loadings` (V, R)
+                             float16, R ≤ N, `noise` (V) float32: a teacher's logits, see softlabels/factors.py
     examples/00000.arrow     one folder a field, one file a shard, numbered from 0 with at least five digits
     examples/00000.json      the shard's receipt (`Receipt` below), renamed into place after the shard
     logits/00000.arrow …     the other fields, shard by shard the same rows in the same order

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softlabels.cache.factors import load_factors
 from softlabels.cache.head import OutputHead, load_head
 from softlabels.cache.vocab_packed import Packing, unpack
 from softlabels.cache.vocab_plain import from_plain
 from softlabels.cache.vocab_tail import NODES
 from softlabels.errors import CacheError, ConfigError
+from softlabels.factors import LogitFactors
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import Signals
 
 if TYPE_CHECKING:
     from softlabels.cache.reader import Cache
 
+MOST_FACTORS = 256  # of a thousand positions or so; and a position costs as many squared
 STATES, PACKED = "vocab_states", "vocab_packed"
 PLAIN = ("ids", "values", "level", "tail")  # each a field `vocab_…`
 SAMPLED = ("sampled_ids", "sampled_values")  # where there are samples
@@ -32,17 +35,19 @@ class Form:
     k: int = 0
     samples: int = 0
     packed: bool = False
+    factors: int = 0  # the most that the tail is expected by
 
     def __str__(self) -> str:
         if not self.k:
             return "exact"
         samples = f",samples={self.samples}" if self.samples else ""
-        return f"topk={self.k}{samples}{',packed' if self.packed else ''}"
+        factors = f",factors={self.factors}" if self.factors else ""
+        return f"topk={self.k}{samples}{factors}{',packed' if self.packed else ''}"
 
 
 def parse_form(text: str) -> Form:
-    """'exact', 'topk=64', 'topk=64,samples=2,packed'; ConfigError says what is wrong."""
-    form = "say vocab:exact, vocab:topk=64 or vocab:topk=64,samples=2,packed"
+    """'exact', 'topk=64', 'topk=64,samples=2,factors=32,packed'; ConfigError says what is wrong."""
+    form = "say vocab:exact, vocab:topk=64 or vocab:topk=64,samples=2,factors=32,packed"
     if text == "exact":
         return Form()
     numbers: dict[str, int] = {}
@@ -51,13 +56,16 @@ def parse_form(text: str) -> Form:
         key, equals, value = part.strip().partition("=")
         if key == "packed" and not equals:
             packed = True
-        elif key in ("topk", "samples") and value.isdecimal() and key not in numbers:
+        elif key in ("topk", "samples", "factors") and value.isdecimal() and key not in numbers:
             numbers[key] = int(value)
         else:
             raise ConfigError(f"--capture vocab:{text}: '{part}' is nothing that vocab takes; {form}")
     if numbers.get("topk", 0) < 1:
         raise ConfigError(f"--capture vocab:{text}: the top how many? {form}")
-    return Form(numbers["topk"], numbers.get("samples", 0), packed)
+    factors = numbers.get("factors", 0)
+    if factors > MOST_FACTORS:
+        raise ConfigError(f"--capture vocab:{text}: {factors} factors of the tail: give {MOST_FACTORS} at the most")
+    return Form(numbers["topk"], numbers.get("samples", 0), packed, factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +77,25 @@ class VocabTeacher:
     vocab_size: int
     head: OutputHead | None  # of exact ones
     packing: Packing | None  # of packed ones
+    factors: LogitFactors | None = None  # of truncated ones, where the tail has any
 
     def __call__(self, teacher: Signals, *, device: torch.device | str = "cpu") -> Tensor | TruncatedLogits:
         """Logits (T, V) on `device`, where they are exact; else what is known of them. CacheError where damaged."""
         if self.head is not None:
             return self.head(teacher.get(STATES).to(device))
         if self.packing is not None:
-            return unpack(teacher.get(PACKED).cpu().numpy(), self.packing).to(device)
+            kept = unpack(teacher.get(PACKED).cpu().numpy(), self.packing).to(device)
+            return replace(kept, factors=self.factors)
         arrays = {name: teacher.get(f"vocab_{name}").cpu().numpy() for name in PLAIN}
         for name in SAMPLED:
             empty = torch.empty(len(arrays["ids"]), 0)
             arrays[name] = (teacher.get(f"vocab_{name}") if self.form.samples else empty).cpu().numpy()
-        return from_plain(arrays, self.vocab_size).to(device)
+        return replace(from_plain(arrays, self.vocab_size).to(device), factors=self.factors)
 
     def to(self, device: torch.device | str) -> VocabTeacher:
-        """The same with its head on another device."""
-        return self if self.head is None else replace(self, head=self.head.to(device))
+        """The same with its head, or its factors, on another device."""
+        head = None if self.head is None else self.head.to(device)
+        return replace(self, head=head, factors=None if self.factors is None else self.factors.to(device))
 
 
 def open_vocab(cache: Cache) -> VocabTeacher:
@@ -114,7 +125,8 @@ def _open(cache: Cache, names: list[str]) -> VocabTeacher:
     cache.require(names, why=f"vocab:{form}")
     _check_widths(cache, form, names, packing)
     head = load_head(cache.path, vocab_size=vocab_size, width=spec.width) if not form.k else None
-    return VocabTeacher(form, names, vocab_size, head, packing if form.packed else None)
+    factors = load_factors(cache.path, vocab_size=vocab_size, rank=form.factors) if form.factors else None
+    return VocabTeacher(form, names, vocab_size, head, packing if form.packed else None, factors)
 
 
 def _plain() -> list[str]:

@@ -1,7 +1,8 @@
 """Losses of a language model's student: its logits at the targets of a batch, (T, V), against the teacher's there.
 
-The teacher's logits are complete, or what a cache kept of them; `softlabels.losses.vocab` has the formulas. With
-sampled tail tokens the loss is unbiased by them, else the tail is one bucket. All are means over the T targets.
+The teacher's logits are complete, or what a cache kept of them; `softlabels.losses.vocab` has the formulas. Where
+the teacher left factors the tail is what these expect, corrected by the sampled tokens where there are any; with
+samples alone the loss is unbiased by them; else the tail is one bucket. All are means over the T targets.
 """
 
 from __future__ import annotations
@@ -47,4 +48,8 @@ def ce(student: Signals, teacher: Signals, *, temperature: float = 1.0) -> Tenso
 
 def _tail(teacher: Signals) -> Tail:
     logits = teacher.vocabulary
-    return "sampled" if isinstance(logits, TruncatedLogits) and logits.samples else "bucket"
+    if not isinstance(logits, TruncatedLogits):
+        return "bucket"  # of complete logits nothing is left out
+    if logits.factors is not None:
+        return "factors"
+    return "sampled" if logits.samples else "bucket"

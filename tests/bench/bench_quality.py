@@ -169,7 +169,7 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
             for key in ("name", "hard_twin", "hard_epochs", "seeds"):
                 options.pop(key, None)
             options["options"] = fit_student(recipe_name, entry.options, recipe, task, folder)
-            if recipe_name in ("minilm", "minilm-v2"):
+            if recipe.pretrain is not None and recipe_name in ("minilm", "minilm-v2"):
                 before = recipe.pretrain.student.model_dump(exclude_unset=True)["phases"]
                 own = options.pop("phases", None) or [
                     {"name": "task", "losses": options.pop("losses"), "temperature": options.pop("temperature", "1")}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import ConfigError
+from softlabels.factors import LogitFactors, fit_factors
 from softlabels.losses import vocab
 from softlabels.truncated import (
     SAMPLE_TEMPERATURES,
@@ -18,6 +19,7 @@ from softlabels.truncated import (
     TruncatedLogits,
     sample_weights,
     tail_logsumexp_at,
+    tail_mean_at,
     truncate,
 )
 
@@ -32,6 +34,11 @@ BETWEEN = [0.5, 0.7, 1.0, 1.3, 3.0, 8.0, 20.0]
 def logits(positions: int, vocab_size: int, seed: int, scale: float = 3.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(positions, vocab_size, generator=generator, dtype=torch.float64) * scale
+
+
+def factors_of(vocab_size: int) -> LogitFactors:
+    """Of other logits than those that are looked at: what they expect is off."""
+    return fit_factors(logits(40, vocab_size, 100), rank=5)
 
 
 def softmax(row: list[float], temperature: float) -> list[float]:
@@ -94,21 +101,23 @@ def every_sample(teacher: Tensor, k: int, samples: int) -> TruncatedLogits:
     )
 
 
-def expectation(name: str, student: Tensor, teacher: Tensor, temperature: float, samples: int) -> float:
+def expectation(
+    name: str, student: Tensor, teacher: Tensor, temperature: float, samples: int, tail: str = "sampled"
+) -> float:
     """The exact expectation over all draws of the loss at one position.
 
     The loss is linear in the samples, so sample s can be taken alone: its share of row v's loss (where every sample is
     token v, hence the weights of `samples` equal ones) with the chance that sample s is v.
     """
-    every = every_sample(teacher, 6, samples)
-    tail = every.sampled_values[:, 0]
+    every = replace(every_sample(teacher, 6, samples), factors=factors_of(teacher.shape[1]))
+    tokens = every.sampled_values[:, 0]
     without = replace(every, sampled_weights=torch.zeros_like(every.sampled_weights))
-    top = LOSSES[name](student, row(without, 0), temperature=temperature, tail="sampled").item()
+    top = LOSSES[name](student, row(without, 0), temperature=temperature, tail=tail).item()
     total = top
     for s in range(samples):
-        chances = torch.softmax(tail / SAMPLE_TEMPERATURES[s % 4], dim=0).tolist()
+        chances = torch.softmax(tokens / SAMPLE_TEMPERATURES[s % 4], dim=0).tolist()
         for v, chance in enumerate(chances):
-            loss = LOSSES[name](student, row(every, v), temperature=temperature, tail="sampled").item()
+            loss = LOSSES[name](student, row(every, v), temperature=temperature, tail=tail).item()
             total += chance * (loss - top) / samples
     return total
 
@@ -124,22 +133,23 @@ def row(truncated: TruncatedLogits, v: int) -> TruncatedLogits:
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("samples", [1, 3, 5])
-def test_samples_are_unbiased(name: str, temperature: float, samples: int) -> None:
+@pytest.mark.parametrize(("tail", "samples"), [("sampled", 1), ("sampled", 3), ("sampled", 5), ("factors", 2)])
+def test_samples_are_unbiased(name: str, temperature: float, tail: str, samples: int) -> None:
     student, teacher = logits(1, 50, 5), logits(1, 50, 6)
     truth = LOSSES[name](student, teacher, temperature=temperature).item()
-    assert expectation(name, student, teacher, temperature, samples) == pytest.approx(truth, rel=1e-9)
+    assert expectation(name, student, teacher, temperature, samples, tail) == pytest.approx(truth, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0])
-def test_drawn_samples_come_out_right_in_the_mean(name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("tail", "temperature"), [("sampled", 1.3), ("sampled", 2.0), ("factors", 2.0)])
+def test_drawn_samples_come_out_right_in_the_mean(name: str, tail: str, temperature: float) -> None:
     """20,000 draws in float32: each entry of the mean gradient within 5 standard errors of the full loss's."""
     rows = 20_000
     start, teacher = logits(1, 80, 7, 2.0), logits(1, 80, 8, 2.0)
     truncated = truncate(teacher.float().expand(rows, -1), k=8, samples=3, generator=torch.Generator().manual_seed(9))
+    truncated = replace(truncated, factors=factors_of(80))
     many = start.float().repeat(rows, 1).requires_grad_()
-    LOSSES[name](many, truncated, temperature=temperature, tail="sampled").backward()
+    LOSSES[name](many, truncated, temperature=temperature, tail=tail).backward()
     full = start.clone().requires_grad_()
     LOSSES[name](full, teacher, temperature=temperature).backward()
     assert many.grad is not None and full.grad is not None
@@ -151,11 +161,45 @@ def test_drawn_samples_come_out_right_in_the_mean(name: str, temperature: float)
 # ------------------------------------------------------------------------------------------------------ promises
 
 
-@pytest.mark.parametrize("tail", ["bucket", "sampled", "full"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.3, 4.0])
+def test_without_samples_the_tail_is_what_the_factors_expect(name: str, temperature: float) -> None:
+    """The loss is that of full logits whose tail is r, of the teacher's mass."""
+    student, teacher = logits(5, 60, 30), logits(5, 60, 31)
+    truncated = replace(truncate(teacher, k=8), factors=factors_of(60))
+    mean = tail_mean_at(truncated, temperature)
+    expected = factors_of(60).expect(truncated.ids, truncated.values, tail_mean=mean, temperature=temperature)
+    top = truncated.values / temperature
+    rest = tail_logsumexp_at(truncated, temperature)[:, None]
+    r = (expected.log_softmax(1) + rest).scatter(1, truncated.ids, top)  # scores at the temperature
+    assert torch.allclose(r.logsumexp(1), torch.cat([top, rest], dim=1).logsumexp(1))
+    got = LOSSES[name](student, truncated, temperature=temperature, tail="factors").item()
+    assert got == pytest.approx(reference(name, student, r * temperature, temperature), rel=1e-8)
+
+
+def test_the_nearer_the_factors_the_less_noise() -> None:
+    """Of logits of low rank, which the top gives away, samples have nothing to correct; without factors they have."""
+    rows, draw = 200, torch.Generator().manual_seed(5)
+    base, loadings = logits(1, 120, 32), logits(3, 120, 33, 1.0)
+    made = base + torch.randn(101, 3, generator=draw, dtype=torch.float64) @ loadings
+    teacher, student = made[:1], logits(1, 120, 34, 0.5)
+    truncated = truncate(teacher.expand(rows, -1), k=12, samples=2, generator=draw)
+    truncated = replace(truncated, factors=fit_factors(made[1:], rank=3))
+    spread = {}
+    for tail in ("sampled", "factors"):
+        many = student.repeat(rows, 1).requires_grad_()
+        vocab.kl(many, truncated, temperature=2.0, tail=tail).backward()
+        assert many.grad is not None
+        spread[tail] = many.grad.var(dim=0).sum().item()
+    assert spread["factors"] < 0.01 * spread["sampled"]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "factors", "full"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_the_loss(name: str, tail: str) -> None:
     student, teacher = logits(2, 14, 10, 1.0).requires_grad_(), logits(2, 14, 11, 1.0)
     truncated = truncate(teacher, k=4, samples=2, generator=torch.Generator().manual_seed(1))
+    truncated = replace(truncated, factors=factors_of(14))
 
     def loss(student: Tensor) -> Tensor:
         if tail == "full":
@@ -253,13 +297,14 @@ def test_the_student_may_give_what_the_teacher_has_not(name: str) -> None:
         assert bool(torch.isfinite(loss)) and bool(torch.isfinite(grad).all())
 
 
-@pytest.mark.parametrize("tail", ["bucket", "sampled", "full"])
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "factors", "full"])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sixteen_bits_and_large_logits_stay_finite(name: str, tail: str, dtype: torch.dtype) -> None:
     teacher = (logits(4, 100, 22) * 100).float()
     student = (logits(4, 100, 23) * 100).to(dtype).requires_grad_()
     truncated = truncate(teacher, k=9, samples=2, generator=torch.Generator().manual_seed(4))
+    truncated = replace(truncated, factors=factors_of(100))
     if tail == "full":
         loss = LOSSES[name](student, teacher, temperature=0.5)
     else:
@@ -272,9 +317,11 @@ def test_sixteen_bits_and_large_logits_stay_finite(name: str, tail: str, dtype: 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_positions_cost_nothing(name: str) -> None:
     student = torch.randn(0, 30, requires_grad=True)
-    loss = LOSSES[name](student, truncate(torch.empty(0, 30), k=3), temperature=2.0)
-    loss.backward()
-    assert loss.item() == 0.0
+    truncated = replace(truncate(torch.empty(0, 30), k=3), factors=factors_of(30))
+    for tail in ("bucket", "factors"):
+        loss = LOSSES[name](student, truncated, temperature=2.0, tail=tail)
+        loss.backward()
+        assert loss.item() == 0.0
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -288,8 +335,12 @@ def test_what_cannot_be_asked() -> None:
         vocab.kl(student, logits(3, 20, 25), temperature=0.0)
     with pytest.raises(ConfigError, match="sampled tail tokens"):
         vocab.kl(student, teacher, temperature=1.0, tail="sampled")
-    with pytest.raises(ConfigError, match="'bucket' and 'sampled'"):
+    with pytest.raises(ConfigError, match="'bucket', 'sampled' and 'factors'"):
         vocab.kl(student, teacher, temperature=1.0, tail="uniform")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="factors=32"):
+        vocab.kl(student, teacher, temperature=1.0, tail="factors")
+    with pytest.raises(ConfigError, match="of different teachers"):
+        vocab.kl(student, replace(teacher, factors=factors_of(21)), temperature=1.0, tail="factors")
     for wrong in (student[:2], student[:, :19]):
         with pytest.raises(ConfigError, match=r"the teacher's \(3, 20\)"):
             vocab.kl(wrong, teacher, temperature=1.0)
