@@ -364,6 +364,7 @@ def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | 
         if options.get("init_from") == TEACHER:
             options["init_from"] = BASE
         changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
+        changes["lr"] = entry.all_phases()[-1].lr  # the one at which it learns to answer
         changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
     common = {name: getattr(entry, name) for name in StudentOptions.model_fields}
     return StudentOptions(**(common | changes))
