@@ -1,6 +1,6 @@
 """Students of a language model, from full logits and from the top 32: what their perplexity loses.
 
-Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 120] [--model DIR] [--rows N] [--ce W]
+Run it:  make bench      or  python -m tests.bench.bench_language [--seconds 600] [--model DIR] [--rows N] [--ce W]
 
 The teacher is bench_vocab's: GPT-2-shaped, trained here on three novels (with `--model DIR` it is kept and used again).
 It is dumped over passages of these in each form; a student of one layer learns from each cache alone, by KL at T = 2
@@ -87,7 +87,7 @@ def loss_called_kl(loss: LanguageLoss | None) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120, help="of the teacher's training")
+    parser.add_argument("--seconds", type=float, default=600, help="of the teacher's training")
     parser.add_argument("--model", type=Path, default=None, help="keep the teacher there")
     parser.add_argument("--corpora", type=Path, default=CORPORA)
     parser.add_argument("--rows", type=int, default=500)
