@@ -452,7 +452,7 @@ def test_what_is_no_cache(place: Path, here: Path, refuse: Any, call: Any) -> No
 
 def test_a_cache_without_the_field_a_loss_needs(place: Path, here: Path, refuse: Any) -> None:
     for loss in ("kl", "mse_logits", "soft_cross_entropy"):
-        told = rf"loss '{loss}' needs logits; cache .*hidden holds hidden\.01\. Dump it with --capture logits"
+        told = rf"loss '{loss}' needs logits; cache .*hidden holds hidden\.01\. Add it with: .*--capture logits"
         refuse("train-student", place / "hidden", *BILSTM, "--loss", loss, "--out", "run", told=told)
     refuse("train-student", place / "hidden", "--student", "linear", "--out", "run", told="needs logits")
     refuse("evaluate", place / "bilstm", place / "train.csv", "--cache", place / "hidden", told="fidelity needs logits")
@@ -465,7 +465,14 @@ def test_a_student_that_does_not_fit(place: Path, here: Path, refuse: Any, call:
     refuse(*train, "--student", "bilstm", "--option", "hiden_size=3", told="Did you mean 'hidden_size'")
     refuse(*train, "--student", "linear", "--option", "layers=2", told="unknown key 'layers'")
     refuse(*train, "--student", "linear", "--loss", "kl", told="linear student is a regression")
-    refuse(*train, "--student", "transformer", "--option", "vocab_size=9", told="comes from the cache")
+    refuse(
+        *train,
+        "--student",
+        "transformer",
+        "--option",
+        "vocab_size=9",
+        told="it follows from the tokenizer and the classes",
+    )
     start = ["--student", "transformer", "--option", f"init_from={place / 'teacher'}"]
     refuse(*train, *start, "--option", "hidden_size=16", told="16|width|size")
     refuse(*train, *start, "--option", "init_layers=[9]", told="9")
