@@ -52,7 +52,8 @@ from tests.models import TEXTS, save_model, tiny_tokenizer
 
 SST2 = Path(__file__).parents[3] / "shared" / "corpora" / "sst2"
 CAPTURES = {"logits": ["logits"], "all": ["logits", "hidden:all", "qkv:6"]}
-SHARD_ROWS, BATCH_TOKENS = 128, 2048  # several batches of each shard, also of few rows
+# several batches of each shard, also of few rows; the dump's own default is 4,096 rows, whose files are synced less often
+SHARD_ROWS, BATCH_TOKENS = 256, 2048
 SCRIPT_BATCH, SCRIPT_LENGTH = 32, 128
 PARTS = ("logits", "script", "memory")
 
