@@ -52,8 +52,8 @@ from tests.models import TEXTS, save_model, tiny_tokenizer
 
 SST2 = Path(__file__).parents[3] / "shared" / "corpora" / "sst2"
 CAPTURES = {"logits": ["logits"], "all": ["logits", "hidden:all", "qkv:6"]}
-# several batches of each shard, also of few rows. The dump's default is 4,096 rows; with 128 here, each field is synced so
-# often that the ratios were 0.93 to 1.02 (logits) and 0.82 to 0.85 (all) in three runs
+# several batches of each shard, also of few rows. The dump's default is 4,096 rows; with 128 here, each field is
+# synced so often that the ratios were 0.93 to 1.02 (logits) and 0.82 to 0.85 (all) in three runs
 SHARD_ROWS, BATCH_TOKENS = 256, 2048
 SCRIPT_BATCH, SCRIPT_LENGTH = 32, 128
 PARTS = ("logits", "script", "memory")
