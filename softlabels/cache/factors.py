@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from softlabels.cache.files import write_file
-from softlabels.cache.inside import open_inside
+from softlabels.cache.inside import read_tensors
 from softlabels.errors import CacheError
 from softlabels.factors import LogitFactors
 
@@ -37,19 +35,8 @@ def save_factors(folder: Path, factors: LogitFactors) -> None:
 def load_factors(folder: Path, *, vocab_size: int, rank: int) -> LogitFactors:
     """The factors, at most `rank`, of the cache at `folder`; CacheError where they are missing or not right."""
     path = folder / "teacher" / FACTORS
-    try:
-        handle = open_inside(folder, "teacher", FACTORS)
-    except FileNotFoundError:
-        raise CacheError(f"{path} is missing: copy it from where the cache came from") from None
-    with open(handle, "rb") as file:
-        size, most = os.fstat(handle).st_size, vocab_size * (2 * rank + 8) + (1 << 20)
-        if size > most:
-            raise CacheError(f"{path} has {size:,} bytes, more than {rank} factors of {vocab_size} tokens: refused")
-        data = file.read()
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CacheError(f"{path} is damaged: {error}") from None
+    most = vocab_size * (2 * rank + 8) + (1 << 20)
+    tensors = read_tensors(folder, FACTORS, most=most, what=f"{rank} factors of {vocab_size} tokens")
     mean, loadings, noise = tensors.get("mean"), tensors.get("loadings"), tensors.get("noise")
     if mean is None or loadings is None or noise is None:
         raise CacheError(f"{path} is damaged: it lacks mean, loadings or noise")

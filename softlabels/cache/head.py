@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from softlabels.cache.files import write_file
-from softlabels.cache.inside import open_inside
+from softlabels.cache.inside import read_tensors
 from softlabels.errors import CacheError
 
 HEAD = "head.safetensors"
@@ -53,19 +51,8 @@ def save_head(folder: Path, head: OutputHead) -> None:
 def load_head(folder: Path, *, vocab_size: int, width: int) -> OutputHead:
     """The head of the cache at `folder`, for states of `width`; CacheError where it is missing or not right."""
     path = folder / "teacher" / HEAD
-    try:
-        handle = open_inside(folder, "teacher", HEAD)
-    except FileNotFoundError:
-        raise CacheError(f"{path} is missing: copy it from where the cache came from") from None
-    with open(handle, "rb") as file:
-        size, most = os.fstat(handle).st_size, 4 * (vocab_size * (width + 1) + 1) + (1 << 20)
-        if size > most:
-            raise CacheError(f"{path} has {size:,} bytes, more than a head of {vocab_size} x {width}: refused")
-        data = file.read()
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CacheError(f"{path} is damaged: {error}") from None
+    most = 4 * (vocab_size * (width + 1) + 1) + (1 << 20)
+    tensors = read_tensors(folder, HEAD, most=most, what=f"a head of {vocab_size} x {width}")
     weight, bias, softcap = tensors.get("weight"), tensors.get("bias"), tensors.get("softcap")
     right = weight is not None and weight.dtype == torch.float32 and tuple(weight.shape) == (vocab_size, width)
     if bias is not None:

@@ -9,8 +9,12 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softlabels.errors import CacheError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def open_inside(folder: Path, *names: str) -> int:
@@ -56,3 +60,27 @@ def read_inside(folder: Path, *names: str, limit: int) -> bytes:
         if size > limit or len(data) > limit:
             raise CacheError(f"{folder.joinpath(*names)} has {size:,} bytes, more than the {limit:,} that it may have")
         return data
+
+
+def read_tensors(folder: Path, name: str, *, most: int, what: str) -> dict[str, Tensor]:
+    """The tensors of `teacher/NAME` of the cache at `folder`, a safetensors file of at most `most` bytes.
+
+    CacheError where it is missing, damaged, or larger than `what` can be.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / "teacher" / name
+    try:
+        handle = open_inside(folder, "teacher", name)
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing: copy it from where the cache came from") from None
+    with open(handle, "rb") as file:
+        size = os.fstat(handle).st_size
+        if size > most:
+            raise CacheError(f"{path} has {size:,} bytes, more than {what}: refused")
+        data = file.read()
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from None
