@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 # public name -> the module that holds it
 _PUBLIC = {
     "SoftlabelsError": "softlabels.errors",
-    "read_recipe": "softlabels.config",
+    "read_recipe": "softlabels.recipes",
     "AugmentOptions": "softlabels.config",
     "DumpOptions": "softlabels.config",
     "StudentOptions": "softlabels.config",
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import StudentOptions as StudentOptions
-    from softlabels.config import read_recipe as read_recipe
     from softlabels.corpus import read_column as read_column
     from softlabels.corpus import read_corpus as read_corpus
     from softlabels.dump import dump as dump
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from softlabels.evaluate import evaluate as evaluate
     from softlabels.evaluate import predict as predict
     from softlabels.imports import import_logits as import_logits
+    from softlabels.recipes import read_recipe as read_recipe
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions
     from softlabels.teacher import load_teacher as load_teacher

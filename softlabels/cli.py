@@ -116,7 +116,7 @@ def run_command(
 
 
 def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, cpu: bool) -> None:
-    from softlabels.config import read_recipe
+    from softlabels.recipes import read_recipe
 
     recipe = read_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
     from softlabels.run import run_recipe
@@ -888,6 +888,9 @@ def train_student_command(
     validation: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="share of the rows that is held out without --eval")
     ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=2, help="learn from the first so many rows of the cache only, for a trial")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
     text: Text = None,
@@ -896,8 +899,9 @@ def train_student_command(
     cpu: Cpu = False,
 ) -> None:
     """STAGE 2: train a student from a cache."""
-    from softlabels.config import StudentOptions, build_options, parse_losses, parse_options, student_of_recipe
+    from softlabels.config import StudentOptions, build_options, parse_losses, parse_options
     from softlabels.errors import ConfigError
+    from softlabels.recipes import student_of_recipe
 
     if student is None and recipe is None:
         raise ConfigError("say what to train: --student bilstm, or --recipe NAME")
@@ -908,6 +912,7 @@ def train_student_command(
         "lr": lr,
         "patience": patience,
         "validation": validation,
+        "rows": rows,
         "seed": seed,
         "temperature": temperature,
         "losses": None if loss is None else parse_losses(loss),

@@ -16,11 +16,12 @@ import numpy as np
 from softlabels.captures import parse_captures, resolve_layers
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
-from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, Pretraining, Recipe, StudentOptions, TeacherChoice
+from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, StudentOptions
 from softlabels.errors import ConfigError, StudentError, TeacherError
 from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
 from softlabels.pretrained import resolve_pretrained
+from softlabels.recipes import Pretraining, Recipe, TeacherChoice
 from softlabels.students import LINEAR, StudentSpec, count_layers
 from softlabels.teacher import teacher_task
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field

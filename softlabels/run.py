@@ -24,26 +24,14 @@ from typing import Any
 from softlabels.augment import augment
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
-from softlabels.config import (
-    BASE,
-    PRETRAINED,
-    TEACHER,
-    AugmentOptions,
-    CorpusChoice,
-    DumpOptions,
-    Pretraining,
-    Recipe,
-    StudentEntry,
-    StudentOptions,
-    TeacherChoice,
-    fingerprint,
-)
+from softlabels.config import BASE, PRETRAINED, TEACHER, AugmentOptions, DumpOptions, StudentOptions, fingerprint
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
 from softlabels.foresight import check_recipe
 from softlabels.pretrained import resolve_pretrained
+from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
 from softlabels.types import Task

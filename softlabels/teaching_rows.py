@@ -24,8 +24,22 @@ class Split:
     corpus: list[TokenizedExample]  # of the validation corpus, empty without one
 
 
-def teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
-    """The rows that have something to teach to `objective`; CacheError where there are none."""
+def teaching_rows(cache: Cache, objective: Objective, *, first: int | None = None) -> np.ndarray:
+    """The rows that have something to teach to `objective`, among the `first` so many of the cache where that is given.
+
+    CacheError where there are none.
+    """
+    rows = _teaching_rows(cache, objective)
+    kept = rows if first is None else rows[rows < first]
+    if not len(kept):
+        raise CacheError(
+            f"none of the first {first:,} rows of cache {cache.path} can teach this; the first that can is number "
+            f"{rows[0] + 1:,}. Give more --rows"
+        )
+    return kept
+
+
+def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
     if cache.rows < 2:
         raise CacheError(f"cache {cache.path} has one row only: there is nothing to learn from it. Dump more rows")
     if objective.language:

@@ -93,7 +93,7 @@ def train_student(
     objectives = [build_objective(phase, cache, student_layers=layers) for phase in phases]
     splits = split_rows(
         cache,
-        [teaching_rows(cache, objective) for objective in objectives],
+        [teaching_rows(cache, objective, first=options.rows) for objective in objectives],
         validation=validation,
         share=options.validation,
         seed=options.seed,

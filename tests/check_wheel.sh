@@ -45,7 +45,7 @@ import json, random
 from pathlib import Path
 
 import softlabels
-from softlabels.config import read_recipe
+from softlabels.recipes import read_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging

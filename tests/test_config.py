@@ -10,19 +10,18 @@ import pytest
 
 from softlabels import config
 from softlabels.config import (
-    Recipe,
     Schedule,
     StudentOptions,
     build_options,
     parse_losses,
     parse_options,
     parse_temperature,
-    read_recipe,
     suggest,
 )
 from softlabels.errors import ConfigError
 from softlabels.layer_maps import MAPS
 from softlabels.losses import LAYER_LOSSES, LOSSES
+from softlabels.recipes import Recipe, read_recipe, recipes_folder
 
 RECIPE = """
 name: small
@@ -234,7 +233,7 @@ def test_faults_of_a_recipe_file_name_the_file(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_is_valid() -> None:
-    recipes = sorted(config.recipes_folder().glob("*.yaml"))
+    recipes = sorted(recipes_folder().glob("*.yaml"))
     assert [path.stem for path in recipes if path.stem == "quickstart"]
     for path in recipes:
         assert isinstance(read_recipe(path.stem), Recipe)

@@ -44,6 +44,7 @@ LAYERS = {
         "pretrained",
         "progress",
         "projections",
+        "recipes",
         "runs",
         "scratch",
         "students",
@@ -141,7 +142,9 @@ def test_how_imports_are_read(source, package, found):
     assert list(imported(node, tuple(package))) == found
 
 
-@pytest.mark.parametrize("module", ["softlabels", "softlabels.errors", "softlabels.config", "softlabels.cli"])
+@pytest.mark.parametrize(
+    "module", ["softlabels", "softlabels.errors", "softlabels.config", "softlabels.recipes", "softlabels.cli"]
+)
 def test_light_imports(module):
     """In a fresh interpreter; `import softlabels` doesn't even bring numpy."""
     heavy = HEAVY | {"numpy"} if module == "softlabels" else HEAVY

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from softlabels import train as train_module
 from softlabels.cache import Cache, open_cache
 from softlabels.cli import _guarded
-from softlabels.config import LAYER_LOSSES, DumpOptions, Masking, Phase, Schedule, StudentOptions, read_recipe
+from softlabels.config import LAYER_LOSSES, DumpOptions, Masking, Phase, Schedule, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError
 from softlabels.layer_maps import map_layers
 from softlabels.objective import build_objective, fill_in
 from softlabels.phases import frozen, parameters_of, write_out
+from softlabels.recipes import read_recipe
 from softlabels.runs import load_run, read_record
 from softlabels.train import train_student
 from softlabels.types import Example, LayerPair

@@ -14,9 +14,9 @@ import yaml
 
 from softlabels import run as run_module
 from softlabels.cli import _guarded, _recipe_table
-from softlabels.config import Recipe, read_recipe, recipes_folder
 from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, StudentError, TeacherError
 from softlabels.foresight import check_recipe
+from softlabels.recipes import Recipe, read_recipe, recipes_folder
 from softlabels.run import RunResult, run_recipe
 from softlabels.runs import read_record
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer

@@ -144,6 +144,14 @@ def test_rows_without_a_label_teach_only_by_the_teacher(cache: Cache, tmp_path: 
     assert (soft.rows, soft.labelled, hard.rows, hard.labelled) == (60, 40, 40, 40)
 
 
+def test_the_first_rows_alone_may_teach(cache: Cache, tmp_path: Path) -> None:
+    report = train_student(cache, out=tmp_path / "run", options=options(rows=6, validation=0.0), cpu=True)
+    assert report.rows == 6
+    only_labels = options(losses={"ce": 1}, rows=5, validation=0.0)
+    report = train_student(cache, out=tmp_path / "labels", options=only_labels, cpu=True)
+    assert report.rows == 3  # of the first five, two have no label
+
+
 def test_training_stops_early_and_keeps_the_best_epoch(cache: Cache, tmp_path: Path) -> None:
     chosen = options(epochs=60, lr=0.05, patience=2, losses={"ce": 1}, validation=0.3)
     report = train_student(cache, out=tmp_path / "run", options=chosen, cpu=True)
