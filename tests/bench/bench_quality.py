@@ -17,8 +17,9 @@ Recipes that look at layers learn from the first rows of the cache only, LAYER_R
 cost ten times as much a row.
 
 The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
-trained on the labelled rows' labels alone for TWIN_EPOCHS (a transformer, TWIN_EPOCHS_OF_TRANSFORMERS), of which the
-best by a held-out tenth counts. With --folder a broken run goes on.
+trained on the labelled rows' labels alone for TWIN_EPOCHS (a transformer, TWIN_EPOCHS_OF_TRANSFORMERS). Of student and
+twin the epoch counts that was best on DEV more labelled rows; their word vectors, where the recipe fits some, are the
+same, fitted on all texts of the training split (the papers take GloVe's). With --folder a broken run goes on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from typing import Any
 CORPORA = Path(__file__).parents[3] / "shared" / "corpora"
 CAPTURES = ["logits", "hidden:all", "qkv:all"]
 MINILM, LENGTH = "all-MiniLM-L6-v2", 64
-LAYER_ROWS = 2000
+LAYER_ROWS, DEV = 2000, 300
 TWIN_EPOCHS, TWIN_EPOCHS_OF_TRANSFORMERS = 20, 8
 DKD_NEEDS = 3  # classes; so does dist
 
@@ -92,7 +93,7 @@ def rows_of(name: str, split: str) -> list[dict[str, Any]]:
 
 
 def write_task(name: str, task: Task, folder: Path) -> None:
-    """train.jsonl, transfer.jsonl (the same rows, then unlabelled ones) and test.jsonl."""
+    """train.jsonl, transfer.jsonl (the same rows, then unlabelled ones), dev.jsonl and test.jsonl."""
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,13 +102,16 @@ def write_task(name: str, task: Task, folder: Path) -> None:
         rows = [row for row in rows if len(row["text"].split()) >= 5]
     order = np.random.default_rng(0).permutation(len(rows))
     chosen = [rows[i] for i in order[: task.labelled + task.unlabelled]]
+    beside = [rows[i] for i in order[len(chosen) : len(chosen) + DEV]]
     test_split = "dev" if name == "tnews" else "test"
     test = rows_of(name, test_split)
     held = [test[i] for i in np.random.default_rng(1).permutation(len(test))[: task.test]]
-    labelled = [{"text": row["text"], "label": str(row["label"])} for row in chosen[: task.labelled]]
+    labelled, dev, tested = (
+        [{"text": row["text"], "label": str(row["label"])} for row in part]
+        for part in (chosen[: task.labelled], beside, held)
+    )
     bare = [{"text": row["text"]} for row in chosen[task.labelled :]]
-    tested = [{"text": row["text"], "label": str(row["label"])} for row in held]
-    for file, content in (("train", labelled), ("transfer", labelled + bare), ("test", tested)):
+    for file, content in (("train", labelled), ("transfer", labelled + bare), ("dev", dev), ("test", tested)):
         lines = [json.dumps({"id": f"{file}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(content)]
         (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -119,6 +123,23 @@ def chinese_tokenizer(folder: Path) -> Path:
         vocab = CORPORA / "bert_vocabs" / "raw" / "bert-base-chinese-vocab.txt"
         BertTokenizer(str(vocab), model_max_length=LENGTH).save_pretrained(folder)
     return folder
+
+
+def write_vectors(name: str, teacher: Path, file: Path) -> None:
+    """Word vectors of the teacher's tokens, fitted on all texts of the training split, as a word2vec text file."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from softlabels.students.fitted_vectors import fit_word_vectors
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    texts = [row["text"] for row in rows_of(name, "train")]
+    ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=LENGTH)["input_ids"]
+    vectors = fit_word_vectors((np.array(row) for row in ids if row), rows=len(tokenizer), width=300)
+    words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    found = np.flatnonzero(vectors.found)
+    lines = [f"{words[row]} {' '.join(f'{value:.4g}' for value in vectors.vectors[row])}" for row in found]
+    file.write_text("\n".join([f"{len(lines)} 300", *lines]) + "\n", encoding="utf-8")
 
 
 def make_teacher(name: str, task: Task, folder: Path) -> dict[str, Any]:
@@ -158,6 +179,7 @@ def make_teacher(name: str, task: Task, folder: Path) -> dict[str, Any]:
             options=DumpOptions(capture=["logits"], max_length=LENGTH),
             device="cpu",
         )
+    write_vectors(name, folder / "teacher", folder / "vectors.txt")
     found = {"tuning": report.seconds, "dump": whole.seconds, "bytes": whole.bytes, "test_dump": tested.seconds}
     done.write_text(json.dumps(found))
     return found
@@ -181,7 +203,6 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                     {"name": "task", "losses": options.pop("losses"), "temperature": options.pop("temperature", "1")}
                 ]
                 options["phases"] = [*before, *own]
-            options["validation"] = 0.05
             if options["student"] == "transformer":
                 options["rows"] = LAYER_ROWS
             epochs = TWIN_EPOCHS_OF_TRANSFORMERS if options["student"] == "transformer" else TWIN_EPOCHS
@@ -190,7 +211,7 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
             }
             start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name.startswith("pkd")}
-            hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs, "validation": 0.1}
+            hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs}
             key = json.dumps(hard, sort_keys=True)
             twin = twins.setdefault(key, f"twin{len(twins)}-{entry.student}")
             for seed in range(seeds):
@@ -203,6 +224,8 @@ def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folde
     from softlabels.pretrained import resolve_pretrained
 
     options = dict(given)
+    if options.get("word_vectors") == "fit":
+        options["word_vectors"] = str(folder / "vectors.txt")
     if recipe.pretrain is not None and name != "distilbert":  # its shape is the pretrained one's
         options = dict(recipe.pretrain.student.options)
     if name == "mobilebert":
@@ -238,7 +261,14 @@ def run_job(job: Job, folder: str, until: float) -> dict[str, Any] | None:
     options = StudentOptions.model_validate(job.options)
     out = place / "runs" / job.name
     with quiet():
-        report = train_student(open_cache(place / "cache"), out=out, options=options, resume=True, cpu=True)
+        report = train_student(
+            open_cache(place / "cache"),
+            out=out,
+            options=options,
+            validation=read_corpus(place / "dev.jsonl"),
+            resume=True,
+            cpu=True,
+        )
         found = evaluate(out, read_corpus(place / "test.jsonl"), cache=open_cache(place / "cache-test")).to_dict()
     figures = {
         "accuracy": found["accuracy"],
