@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ce", type=float, default=0.0, help="weight of the tokens themselves; KL has the rest")
+    parser.add_argument("--lr", type=float, default=3e-3, help="the students' (%(default)s)")
+    parser.add_argument("--only", default=None, help="some of the forms, by their names, with semicolons between; full logits first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--more", action="store_true", help="sampled and packed forms too")
     given = parser.parse_args()
@@ -115,7 +117,10 @@ def main() -> None:
         held_out = passages(given.corpora, (HELD_OUT,), 200)
         found: dict[str, list[float]] = {}
         print(f"\n{'':<29}{'B/token':>9}{'perplexity':>12}{'beside full':>13}{'s':>7}", flush=True)
-        for title, form in (FORMS | MORE_FORMS if given.more else FORMS).items():
+        forms = FORMS | MORE_FORMS if given.more or given.only else FORMS
+        for title, form in forms.items():
+            if given.only and title not in given.only.split(";"):
+                continue
             cache_folder = place / form.replace(":", "-")
             with quiet():
                 dump(corpus, teacher=str(folder), out=cache_folder, options=DumpOptions(capture=[form], shard_rows=500))
@@ -131,7 +136,7 @@ def main() -> None:
                     temperature="2",
                     epochs=given.epochs,
                     batch_size=2,
-                    lr=3e-3,
+                    lr=given.lr,
                     validation=0.0,
                     seed=seed,
                 )
