@@ -36,7 +36,12 @@ def attention_scores_mse(student: Signals, teacher: Signals, *, layers: LayerPai
     count. TinyBERT's released code counts these and padding, as 0. With `heads="mean"` it is TextBrewer's
     `attention_mse_sum` but for the factor H², since that one sums over heads.
     """
-    ours, theirs = _compare_scores(student, teacher, layers, heads, "attention_scores_mse")
+    return scores_mean_square(student, teacher, layers, heads, "attention_scores_mse")
+
+
+def scores_mean_square(student: Signals, teacher: Signals, layers: LayerPair, heads: Heads, loss: str) -> Tensor:
+    """`attention_scores_mse`, as a part of `loss`, which faults are told of."""
+    ours, theirs = _compare_scores(student, teacher, layers, heads, loss)
     seen = (ours > MASKED / 2) & (theirs > MASKED / 2)
     return mean_over_pairs((ours - theirs).square(), seen & token_pairs(student.mask))
 
