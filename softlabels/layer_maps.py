@@ -1,8 +1,8 @@
 """Which layer of the student learns from which of the teacher's. Layers are numbered from 1; 0 is the embeddings.
 
 A map is a rule of `MAPS`, or written out: [[student, teacher], …], or [[[s1, s2], [t1, t2]], …] for a loss that
-compares two layers with each other. A loss on several layers at once has a rule of `GROUP_MAPS`, or [[student, [teacher's,
-…]], …], or [[[student's, …], [teacher's, …]]] where it looks at several on both sides.
+compares two layers with each other. A loss on several layers at once has a rule of `GROUP_MAPS`, or [[student,
+[teacher's, …]], …], or [[[student's, …], [teacher's, …]]] where it looks at several on both sides.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def map_layers(given: str | Sequence[Any], *, student: int, teacher: int, what: 
     """
     if isinstance(given, str):
         if given in GROUP_MAPS:
-            raise ConfigError(f"{what} compares layers one by one: its map is {', '.join(MAPS)}, or pairs; not '{given}'")
+            raise ConfigError(f"{what} compares pairs of layers: its map is {', '.join(MAPS)}, or pairs; not '{given}'")
         if given not in MAPS:
             raise ConfigError(f"{what}: no map '{given}': there are {', '.join(MAPS)}.{suggest(given, MAPS)}")
         if student > teacher:

@@ -94,7 +94,7 @@ class Term:
         return sorted({layer for pair in self.pairs for layer in _layers(pair, side)})
 
     def first_projection(self, index: int) -> int:
-        """The number of the first projection of `pairs[index]`: a pair has one, a group one for each student's layer."""
+        """The number of the first projection of `pairs[index]`: a pair has one, a group one a layer of the student."""
         return sum(len(pair.student) if isinstance(pair, LayerGroup) else 1 for pair in self.pairs[:index])
 
 
@@ -318,7 +318,8 @@ def _check_weights(options: dict[str, Any], layers: LayerPair | LayerGroup, *, w
         weights, there = options.get(f"{side}_weights"), _layers(layers, side)
         if weights is not None and len(weights) != len(there):
             raise ConfigError(
-                f"{what}: '{side}_weights' has {len(weights)} weights for the {len(there)} layers of the {side} in its map"
+                f"{what}: '{side}_weights' has {len(weights)} weights for the {len(there)} layers of the {side} in its "
+                f"map"
             )
 
 

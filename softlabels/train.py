@@ -398,7 +398,7 @@ def _make_projections(
 
 
 def _widths(term: Term, says: Signals, cache: Cache) -> tuple[tuple[int, int], ...]:
-    """What comes into each projection of `term` and what goes out: the student's states, or a bucket of the teacher's."""
+    """What comes into each projection of `term` and goes out: the student's states, or a bucket of the teacher's."""
     widths: list[tuple[int, int]] = []
     for pair in term.pairs:
         group = pair if isinstance(pair, LayerGroup) else LayerGroup((pair.student,), (pair.teacher,))

@@ -23,7 +23,7 @@ from softlabels.types import LayerGroup, LayerPair, Signals
 
 
 def alp(student: Signals, teacher: Signals, *, layers: LayerGroup) -> Tensor:
-    """Mean over texts and D of (hs − Σj αj htj)², αj = softmax over j of hs · htj, h the state of [CLS].
+    """Mean over texts and D of (hs − Σj wj htj)², wj = softmax over j of hs · htj, h the state of [CLS].
 
     ALP-KD (Passban et al. 2021, arXiv 2012.14022): a layer of the student attends to all of the teacher's (map: all),
     or to those of its bucket (ALP-NO; map: buckets). Gradients pass through the weights too.
@@ -44,7 +44,8 @@ def ckd(
     CKD (Wu et al. 2020, arXiv 2010.03034), by concatenation; `combine`, from the bucket's width to the student's, is
     the linear map, which learns with the student. The paper's is for translation, where every token counts.
     """
-    return _to_bucket([compare_states(student, teacher, p, "ckd", widths=False) for p in _pairs(layers)], layers, combine)
+    states = [compare_states(student, teacher, pair, "ckd", widths=False) for pair in _pairs(layers)]
+    return _to_bucket(states, layers, combine, "ckd")
 
 
 def ckd_cls(
@@ -52,7 +53,7 @@ def ckd_cls(
 ) -> Tensor:
     """`ckd` of [CLS] alone; the mean is over texts."""
     states = [compare_cls(student, teacher, pair, "ckd_cls", widths=False) for pair in _pairs(layers)]
-    return _to_bucket(states, layers, combine, loss="ckd_cls")
+    return _to_bucket(states, layers, combine, "ckd_cls")
 
 
 def _pairs(layers: LayerGroup) -> list[LayerPair]:
@@ -69,7 +70,7 @@ def _to_mixture(states: Sequence[States]) -> Tensor:
 
 
 def _to_bucket(
-    states: Sequence[States], layers: LayerGroup, combine: Callable[[Tensor], Tensor] | None, *, loss: str = "ckd"
+    states: Sequence[States], layers: LayerGroup, combine: Callable[[Tensor], Tensor] | None, loss: str
 ) -> Tensor:
     ours = states[0].student
     joined = torch.cat([side.teacher for side in states], dim=-1)  # (B, …, Σ Dt)

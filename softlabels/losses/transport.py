@@ -1,13 +1,13 @@
 """Losses between all layers of the student and all of the teacher's, matched by optimal transport.
 
-BERT-EMD (Li et al. 2020, arXiv 2010.06133): every layer has a weight; the weights of the student's are carried to those of
-the teacher's at the least cost, where carrying one unit from layer i to j costs what their states differ. The loss is
-that cost. What flows where is solved exactly for each batch, and is a constant to the gradient, as in the released code
-(which by the envelope theorem changes nothing, wherever the cheapest flow is the only one).
+BERT-EMD (Li et al. 2020, arXiv 2010.06133): every layer has a weight; the weights of the student's are carried to
+those of the teacher's at the least cost, where carrying one unit from layer i to j costs what their states differ. The
+loss is that cost. What flows where is solved exactly for each batch, and is a constant to the gradient, as in the
+released code (which by the envelope theorem changes nothing, wherever the cheapest flow is the only one).
 
 Weights are uniform, or given as lists (they are scaled to sum to 1), and with `update` they move after each step by the
-paper's cost attention: see `LayerWeights`. Two deviations: scores and hidden states, two terms here, have weights of their
-own (the code's `separate`; by default it takes the mean of both), and padding counts nowhere.
+paper's cost attention: see `LayerWeights`. Two deviations: scores and hidden states, two terms here, have weights of
+their own (the code's `separate`; by default it takes the mean of both), and padding counts nowhere.
 """
 
 from __future__ import annotations

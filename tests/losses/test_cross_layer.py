@@ -1,4 +1,4 @@
-"""Losses on several layers at once: their formulas, their gradients, what flows where, and that padding never counts."""
+"""Losses on several layers at once: their formulas, their gradients, what flows where, and that padding is nothing."""
 
 from __future__ import annotations
 
@@ -72,9 +72,8 @@ def over_texts(distance: Callable[[Vector, list[Vector]], float], student: Signa
 def transported(cost: Callable[[Signals, Signals, LayerPair], float], student: Signals, teacher: Signals) -> float:
     """Uniform weights, two layers to three: cut into sixths, the best assignment of three copies to two copies."""
     costs = [[cost(student, teacher, LayerPair(i, j)) for j in (0, 1, 2)] for i in (1, 2)]
-    return min(
-        math.fsum(costs[copy // 3][place // 2] for copy, place in enumerate(order)) / 6 for order in permutations(range(6))
-    )
+    plans = permutations(range(6))
+    return min(math.fsum(costs[copy // 3][place // 2] for copy, place in enumerate(plan)) / 6 for plan in plans)
 
 
 REFERENCES: dict[str, Callable[[Signals, Signals], float]] = {
@@ -162,7 +161,7 @@ def test_nothing_else_is_looked_at(name: str) -> None:
         call(name, student, replace(teacher, fields={"logits": torch.zeros(4, 2)}))
 
 
-# --------------------------------------------------------------------------------------------------- attention to layers
+# -------------------------------------------------------------------------------------------------- attention to layers
 
 
 @pytest.mark.parametrize("name", ["alp", "alp_tokens"])
@@ -197,7 +196,7 @@ def test_another_width_asks_for_a_projection(name: str) -> None:
 
 def test_other_heads_are_refused_with_the_way_out() -> None:
     student, teacher = side(1, heads=3), side(2)
-    with pytest.raises(ConfigError, match="'emd_attention' .* has 3 heads, the teacher 2; .*heads: mean"):
+    with pytest.raises(ConfigError, match=r"'emd_attention' .* has 3 heads, the teacher 2; .*heads: mean"):
         call("emd_attention", student, teacher)
     attention: Callable[..., Tensor] = GROUP_LOSSES["emd_attention"]
     assert attention(student, teacher, layers=ALL, heads="mean").item() > 0
