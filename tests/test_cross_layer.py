@@ -168,7 +168,7 @@ def test_a_penalty_has_no_layers() -> None:
         phase({"loss": "alp"})
 
 
-# --------------------------------------------------------------------------------------------------- progressive transfer
+# ------------------------------------------------------------------------------------------------- progressive transfer
 
 
 def test_progressive_transfer_keeps_buckets_and_penalties() -> None:
@@ -185,7 +185,7 @@ def test_progressive_transfer_keeps_buckets_and_penalties() -> None:
         write_out([phase({"loss": "parameter_norm"}, progressive=True)], student_layers=2, teacher_layers=4)
 
 
-# ------------------------------------------------------------------------------------------------------- whole trainings
+# ----------------------------------------------------------------------------------------------------- whole trainings
 
 
 def test_a_training_resumes_to_the_same_result(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
