@@ -17,12 +17,7 @@ def hidden_mse(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tens
 
     The mean is over all tokens of the batch. TinyBERT's released code counts padding too.
     """
-    return mean_square(student, teacher, layers, "hidden_mse")
-
-
-def mean_square(student: Signals, teacher: Signals, layers: LayerPair, loss: str) -> Tensor:
-    """`hidden_mse`, as a part of `loss`, which faults are told of."""
-    states = compare_states(student, teacher, layers, loss)
+    states = compare_states(student, teacher, layers, "hidden_mse")
     return mean_over_tokens((states.student - states.teacher).square().mean(dim=-1), states.mask)
 
 
@@ -49,7 +44,8 @@ def layer_output(student: Signals, teacher: Signals, *, layers: LayerPair) -> Te
     The first term of 'Taylor-FO' distillation, whose other one is `parameter_norm`: half of `hidden_mse`, so that the
     gradient in f is the mean residual f − f* itself.
     """
-    return mean_square(student, teacher, layers, "layer_output") / 2
+    states = compare_states(student, teacher, layers, "layer_output")
+    return mean_over_tokens((states.student - states.teacher).square().mean(dim=-1), states.mask) / 2
 
 
 def feature_map_mse(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:

@@ -13,13 +13,14 @@ their own (the code's `separate`; by default it takes the mean of both), and pad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.attention import Heads, scores_mean_square
-from softlabels.losses.hidden import mean_square
+from softlabels.losses.attention import Heads, compare_scores, scores_mean_square
+from softlabels.losses.padding import compare_states, mean_over_tokens
 from softlabels.types import LayerGroup, LayerPair, Signals
 
 _LEAST_SHARE = 1e-6  # of all unit costs: a layer that costs less counts as this, or its weight would be infinite
@@ -80,7 +81,15 @@ def emd(
     """
     if weights is None:
         weights = LayerWeights(layers, student_weights, teacher_weights, update=update)
-    return _carry(layers, lambda pair: mean_square(student, teacher, pair, "emd"), weights)
+    across, down = _margins(layers)
+    ours = [compare_states(student, teacher, pair, "emd").student for pair in down]
+    there = [compare_states(student, teacher, pair, "emd") for pair in across]
+    mask = there[0].mask
+
+    def cost(own: Tensor, other: Tensor) -> Tensor:
+        return mean_over_tokens((own - other).square().mean(dim=-1), mask)
+
+    return _carry(ours, [states.teacher for states in there], cost, weights)
 
 
 def emd_attention(
@@ -97,16 +106,29 @@ def emd_attention(
     """As `emd`, cost_ij the `attention_scores_mse` of layers i and j."""
     if weights is None:
         weights = LayerWeights(layers, student_weights, teacher_weights, update=update)
-    return _carry(layers, lambda pair: scores_mean_square(student, teacher, pair, heads, "emd_attention"), weights)
+    across, down = _margins(layers)
+    ours = [compare_scores(student, teacher, pair, heads, "emd_attention")[0] for pair in down]
+    theirs = [compare_scores(student, teacher, pair, heads, "emd_attention")[1] for pair in across]
+    return _carry(ours, theirs, partial(scores_mean_square, mask=student.mask), weights)
 
 
-def _carry(layers: LayerGroup, cost: Callable[[LayerPair], Tensor], weights: LayerWeights) -> Tensor:
-    pairs = [[LayerPair(ours, theirs) for theirs in layers.teacher] for ours in layers.student]
+def _margins(layers: LayerGroup) -> tuple[list[LayerPair], list[LayerPair]]:
+    """Pairs in which each of the teacher's layers is once, and each of the student's: enough to look at all of them."""
+    across = [LayerPair(layers.student[0], theirs) for theirs in layers.teacher]
+    return across, [LayerPair(ours, layers.teacher[0]) for ours in layers.student]
+
+
+def _carry(
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    cost: Callable[[Tensor, Tensor], Tensor],
+    weights: LayerWeights,
+) -> Tensor:
     with torch.no_grad():  # at most M + N − 1 of the M · N costs have a flow, and only these a gradient
-        known = torch.stack([torch.stack([cost(pair) for pair in row]) for row in pairs])
+        known = torch.stack([torch.stack([cost(own, other) for other in theirs]) for own in ours])
     costs = known.double().cpu().numpy()  # (M, N)
     flow = solve_transport(costs, weights.student.double().cpu().numpy(), weights.teacher.double().cpu().numpy())
-    total = torch.stack([float(flow[i, j]) * cost(pairs[i][j]) for i, j in np.argwhere(flow > 0)]).sum()
+    total = torch.stack([float(flow[i, j]) * cost(ours[i], theirs[j]) for i, j in np.argwhere(flow > 0)]).sum()
     if weights.moves and torch.is_grad_enabled():  # not while a student is validated
         weights.update(flow, costs)
     return total
