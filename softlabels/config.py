@@ -155,6 +155,7 @@ LAYER_LOSSES = (
     "hidden_mse",
     "hidden_cosine",
     "pkd",
+    "layer_output",
     "feature_map_mse",
     "feature_statistics",
     "gram",
@@ -167,10 +168,19 @@ LAYER_LOSSES = (
     "query_relation",
     "key_relation",
     "value_relation",
+    # on several layers of a side at once
+    "alp",
+    "alp_tokens",
+    "ckd",
+    "ckd_cls",
+    "emd",
+    "emd_attention",
 )
+PENALTIES = ("parameter_norm",)  # of the student's parameters; they look at neither
 
 
 MAPS = ("uniform", "skip", "last", "same", "final", "embeddings")  # held equal to softlabels.layer_maps.MAPS by a test
+GROUP_MAPS = ("all", "buckets")  # for losses on several layers at once; likewise
 
 
 def parse_losses(items: Sequence[str]) -> dict[str, float]:
@@ -205,7 +215,7 @@ def check_losses(losses: dict[str, float]) -> dict[str, float]:
 
 def check_loss(name: str) -> str:
     """`name` unchanged; ConfigError for one that no loss has."""
-    known = (*LOSSES, *LAYER_LOSSES)
+    known = (*LOSSES, *LAYER_LOSSES, *PENALTIES)
     if name not in known:
         raise ConfigError(f"no loss '{name}': there are {', '.join(known)}.{suggest(name, known)}")
     return name
@@ -326,8 +336,10 @@ class LossTerm(Strict):
     loss: str
     weight: float | str = 1.0  # or a schedule over the phase: '1:0', '0:1:linear:0.2'
     # of a loss on layers, student's to teacher's: a rule of softlabels.layer_maps, or pairs [[1, 2], [2, 4]]; for one
-    # that compares two layers with each other, [[[1, 2], [2, 4]]] (student's two, teacher's two)
+    # that compares two layers with each other, [[[1, 2], [2, 4]]] (student's two, teacher's two); for one on several
+    # of the teacher's, [[1, [1, 2]], [2, [3, 4]]]; for a transport, [[[1, 2], [1, 2, 3, 4]]]
     map: str | list[Any] | None = None
+    cover: bool = True  # of ckd's map, written out: that each of the teacher's layers is in one bucket
     depth: str | list[float] = "sum"  # or 'mean', over the pairs of the map, or a weight for each
     project: Literal["linear", "relu", "tanh"] | None = None  # of the student's hidden states to the teacher's width
     share_projection: bool = False  # one for all pairs of the map
@@ -343,10 +355,11 @@ class LossTerm(Strict):
     @field_validator("map", mode="before")
     @classmethod
     def _map(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in MAPS:
-            raise ValueError(f"no map '{value}': there are {', '.join(MAPS)}.{suggest(value, MAPS)}")
+        rules = (*MAPS, *GROUP_MAPS)
+        if isinstance(value, str) and value not in rules:
+            raise ValueError(f"no map '{value}': there are {', '.join(rules)}.{suggest(value, rules)}")
         if not isinstance(value, str | list | None):
-            raise ValueError(f"a map is one of {', '.join(MAPS)}, or pairs such as [[1, 2], [2, 4]]; not {value!r}")
+            raise ValueError(f"a map is one of {', '.join(rules)}, or pairs such as [[1, 2], [2, 4]]; not {value!r}")
         return value
 
     @field_validator("depth", mode="before")
@@ -366,9 +379,10 @@ class LossTerm(Strict):
             raise ValueError(f"loss '{self.loss}' has weight {self.weight}: a weight must be above 0")
         if self.loss in LAYER_LOSSES and self.map is None:
             raise ValueError(f"loss '{self.loss}' compares layers: say which with 'map', for example map: uniform")
-        for key in ("map", "depth", "project", "share_projection", "project_lr"):
+        for key in ("map", "cover", "depth", "project", "share_projection", "project_lr"):
             if self.loss not in LAYER_LOSSES and key in self.model_fields_set:
-                raise ValueError(f"loss '{self.loss}' is on logits: it has no '{key}'")
+                place = "the parameters" if self.loss in PENALTIES else "logits"
+                raise ValueError(f"loss '{self.loss}' is on {place}: it has no '{key}'")
         for key in ("share_projection", "project_lr"):
             if self.project is None and getattr(self, key) != LossTerm.model_fields[key].default:
                 raise ValueError(f"'{key}' is about a projection: give 'project' (linear, relu or tanh) too")
@@ -393,7 +407,7 @@ def _check_losses(losses: Losses) -> Losses:
     if isinstance(losses, dict):
         return check_losses(losses)
     if not losses:
-        raise ValueError(f"no loss is given: choose from {', '.join((*LOSSES, *LAYER_LOSSES))}")
+        raise ValueError(f"no loss is given: choose from {', '.join((*LOSSES, *LAYER_LOSSES, *PENALTIES))}")
     if not any(parse_schedule(term.weight, what="weight").end for term in losses):
         raise ValueError("every weight ends at 0, and the losses at the end choose the best epoch: let one end above 0")
     return losses

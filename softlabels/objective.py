@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softlabels.cache import Cache
 from softlabels.cache.reader import capture_of
@@ -26,11 +28,23 @@ from softlabels.config import (
     suggest,
 )
 from softlabels.errors import CacheError, ConfigError
-from softlabels.layer_maps import map_layers
-from softlabels.losses import HARD, LANGUAGE_LOSSES, LAYER_LOSSES, LOSSES, NEEDS, TWO_LAYERS
+from softlabels.layer_maps import map_groups, map_layers
+from softlabels.losses import (
+    CONCATENATED,
+    GROUP_LOSSES,
+    HARD,
+    LANGUAGE_LOSSES,
+    LAYER_LOSSES,
+    LOSSES,
+    NEEDS,
+    PENALTIES,
+    TRANSPORT,
+    TWO_LAYERS,
+)
 from softlabels.losses.temperatures import cwsm, flsw
+from softlabels.losses.transport import LayerWeights
 from softlabels.projections import Projections
-from softlabels.types import LANGUAGE_MODELS, LayerPair, Signals, Task, layer_field
+from softlabels.types import LANGUAGE_MODELS, LayerGroup, LayerPair, Signals, Task, layer_field
 
 # What a loss looks at, and the fields that give it, the first choice first. Attention follows from Q and K only where
 # it is softmax(QKᵀ / √K) over the row; see PLAIN_ATTENTION.
@@ -44,6 +58,7 @@ _SOURCES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "key": (("key",),),
     "value": (("value",),),
 }
+_GIVEN = ("temperature", "layers", "combine", "weights")  # what a loss is given beside the options of a recipe
 PLAIN_ATTENTION = frozenset(
     {
         "albert",
@@ -70,14 +85,23 @@ class Term:
     weight: Schedule
     temperature: Temperature
     options: dict[str, Any]  # the loss's own; a Schedule where it moves
-    pairs: tuple[LayerPair, ...] = ()  # of a loss on layers
-    depth: tuple[float, ...] = ()  # a weight a pair
+    pairs: tuple[LayerPair | LayerGroup, ...] = ()  # of a loss on layers
+    depth: tuple[float, ...] = ()  # a weight for each of `pairs`
     project: str | None = None
 
     def layers(self, side: str) -> list[int]:
         """The layers of 'student' or 'teacher' that this term looks at."""
-        ends = [end for pair in self.pairs for end in (pair, pair.then) if end is not None]
-        return sorted({getattr(end, side) for end in ends})
+        return sorted({layer for pair in self.pairs for layer in _layers(pair, side)})
+
+    def first_projection(self, index: int) -> int:
+        """The number of the first projection of `pairs[index]`: a pair has one, a group one a layer of the student."""
+        return sum(len(pair.student) if isinstance(pair, LayerGroup) else 1 for pair in self.pairs[:index])
+
+
+def _layers(pair: LayerPair | LayerGroup, side: str) -> tuple[int, ...]:
+    if isinstance(pair, LayerGroup):
+        return getattr(pair, side)
+    return tuple(getattr(end, side) for end in (pair, pair.then) if end is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +113,13 @@ class Objective:
     language: bool = False  # the student is a language model
     vocab: VocabTeacher | None = None  # then: what turns a cache's fields into logits; None where only tokens teach
     projections: Projections | None = None
+    balances: nn.ModuleDict | None = None  # the LayerWeights of the terms that are a transport
+    parameters: tuple[Tensor, ...] = ()  # of the student, for penalties
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any soft term is there; without one, only labelled rows teach anything."""
-        return any(term.loss not in HARD for term in self.terms)
+        return any(term.loss not in HARD and term.loss not in PENALTIES for term in self.terms)
 
     @property
     def needs_labels(self) -> bool:
@@ -102,7 +128,7 @@ class Objective:
     @property
     def on_logits(self) -> bool:
         """Whether any term teaches the student's logits, so that its accuracy means something."""
-        return any(term.loss not in LAYER_LOSSES for term in self.terms)
+        return any(term.loss not in LAYER_LOSSES and term.loss not in PENALTIES for term in self.terms)
 
     def looks_at(self) -> dict[str, list[int]]:
         """The signals below the logits that the student must give: 'hidden', 'attention', 'qkv', with its layers."""
@@ -147,10 +173,16 @@ class Objective:
         options: dict[str, Any] = {
             name: value.at(progress) if isinstance(value, Schedule) else value for name, value in term.options.items()
         }
+        if term.loss in PENALTIES:
+            penalty: Callable[..., Tensor] = PENALTIES[term.loss]
+            return penalty(self.parameters, **options).to(student.mask.device)
         if term.loss in LAYER_LOSSES:
             on_layers: Callable[..., Tensor] = LAYER_LOSSES[term.loss]
             values = [
-                weight * on_layers(self._projected(term, index, student), teacher, layers=pair, **options)
+                weight
+                * on_layers(
+                    self._projected(term, index, student), teacher, layers=pair, **options, **self._given(term, index)
+                )
                 for index, (pair, weight) in enumerate(zip(term.pairs, term.depth, strict=True))
             ]
             return torch.stack(values).sum()
@@ -160,15 +192,23 @@ class Objective:
         return loss(student, teacher, temperature=temperature, **options)
 
     def _projected(self, term: Term, index: int, student: Signals) -> Signals:
-        """`student` with the hidden states of pair `index` as wide as the teacher's, where the term projects."""
-        if self.projections is None or term.project is None:
+        """`student` with the hidden states of pair `index` as wide as the teacher's, where the term projects them."""
+        if self.projections is None or term.project is None or term.loss in CONCATENATED:
             return student
-        pair, fields = term.pairs[index], dict(student.fields)
-        for end in (pair, pair.then):
-            if end is not None:
-                name = layer_field("hidden", end.student)
-                fields[name] = self.projections(term.name, index, student.get(name))
+        pair, fields, number = term.pairs[index], dict(student.fields), term.first_projection(index)
+        for offset, layer in enumerate(_layers(pair, "student")):
+            name = layer_field("hidden", layer)
+            own = number + offset if isinstance(pair, LayerGroup) else number
+            fields[name] = self.projections(term.name, own, student.get(name))
         return replace(student, fields=fields)
+
+    def _given(self, term: Term, index: int) -> dict[str, Any]:
+        """What pair `index` of the term has beside its signals: the map of its bucket, or the weights of its layers."""
+        if term.loss in CONCATENATED and term.project is not None and self.projections is not None:
+            return {"combine": partial(self.projections, term.name, index)}
+        if term.loss in TRANSPORT and self.balances is not None:
+            return {"weights": self.balances[term.name]}
+        return {}
 
 
 def _temperature(temperature: Temperature, student: Signals, teacher: Signals, progress: float) -> float | Tensor:
@@ -202,6 +242,18 @@ def build_objective(phase: Phase, cache: Cache, *, student_layers: int | None) -
     return Objective(terms, sorted({*fields, *(vocab.fields if vocab else ())}), language, vocab)
 
 
+def layer_weights(terms: Sequence[Term]) -> nn.ModuleDict | None:
+    """The weights of all layers that transports start from; None where no term is one."""
+    found = nn.ModuleDict()
+    for term in terms:
+        if term.loss in TRANSPORT:
+            (layers,) = term.pairs
+            assert isinstance(layers, LayerGroup)
+            given = (term.options.get(f"{side}_weights") for side in ("student", "teacher"))
+            found[term.name] = LayerWeights(layers, *given, update=term.options.get("update", False))
+    return found if len(found) else None
+
+
 def fill_in(
     phase: Phase, task: Task, *, student_layers: int | None, teacher_layers: Callable[[], int]
 ) -> tuple[Term, ...]:
@@ -211,21 +263,23 @@ def fill_in(
 
 def _terms(phase: Phase, task: Task, student_layers: int | None, teacher_layers: Callable[[], int]) -> Iterator[Term]:
     seen: dict[str, int] = {}
+    if all(term.loss in PENALTIES for term in phase.terms):
+        raise ConfigError(f"phase '{phase.name}' has a penalty and no loss: a student learns nothing from that alone")
     for term in phase.terms:
         seen[term.loss] = seen.get(term.loss, 0) + 1
         name = term.loss if seen[term.loss] == 1 else f"{term.loss}-{seen[term.loss]}"
         what = f"phase '{phase.name}', loss '{term.loss}'"
-        pairs: tuple[LayerPair, ...] = ()
-        if term.loss in LAYER_LOSSES:
+        pairs: tuple[LayerPair | LayerGroup, ...] = ()
+        options = _own_options(term, task, what=what)
+        if term.loss in PENALTIES:
+            pass  # on any student, whatever it learns
+        elif term.loss in LAYER_LOSSES:
             if student_layers is None:
                 raise ConfigError(f"{what} compares layers, and this student has none to look at: take a transformer")
             if term.project is not None and not NEEDS[term.loss][0].startswith("hidden"):
                 raise ConfigError(f"{what} looks at no hidden states: it has nothing to 'project'")
-            assert term.map is not None  # LossTerm asks for it
-            pairs = tuple(map_layers(term.map, student=student_layers, teacher=teacher_layers(), what=what))
-            if term.loss not in TWO_LAYERS and any(pair.then for pair in pairs):
-                two = ", ".join(sorted(TWO_LAYERS))
-                raise ConfigError(f"{what} compares one layer a side; two a side are for {two}")
+            pairs = map_term(term, student=student_layers, teacher=teacher_layers(), what=what)
+            _check_weights(options, pairs[0], what=what)
         elif task == "sentence-embedding":
             raise ConfigError(
                 f"{what} is on logits, and the teacher of this cache has none: learn from its layers (hidden_mse, "
@@ -238,11 +292,35 @@ def _terms(phase: Phase, task: Task, student_layers: int | None, teacher_layers:
             term.loss,
             parse_schedule(term.weight, what="weight"),
             _own_temperature(term, phase, task, what=what),
-            _own_options(term, task, what=what),
+            options,
             pairs,
             _depth(term, pairs, what=what),
             term.project,
         )
+
+
+def map_term(term: LossTerm, *, student: int, teacher: int, what: str) -> tuple[LayerPair | LayerGroup, ...]:
+    """Which of so many layers a term on layers looks at; ConfigError where its map doesn't fit."""
+    assert term.map is not None  # LossTerm asks for it
+    if term.loss in GROUP_LOSSES:
+        together, cover = term.loss in TRANSPORT, term.cover and term.loss in CONCATENATED
+        return tuple(map_groups(term.map, student=student, teacher=teacher, what=what, together=together, cover=cover))
+    pairs = map_layers(term.map, student=student, teacher=teacher, what=what)
+    if term.loss not in TWO_LAYERS and any(pair.then for pair in pairs):
+        two = ", ".join(sorted(TWO_LAYERS))
+        raise ConfigError(f"{what} compares one layer a side; two a side are for {two}")
+    return tuple(pairs)
+
+
+def _check_weights(options: dict[str, Any], layers: LayerPair | LayerGroup, *, what: str) -> None:
+    """ConfigError where a transport's weights are not one for each layer that it looks at."""
+    for side in ("student", "teacher"):
+        weights, there = options.get(f"{side}_weights"), _layers(layers, side)
+        if weights is not None and len(weights) != len(there):
+            raise ConfigError(
+                f"{what}: '{side}_weights' has {len(weights)} weights for the {len(there)} layers of the {side} in its "
+                f"map"
+            )
 
 
 def _own_temperature(term: LossTerm, phase: Phase, task: Task, *, what: str) -> Temperature:
@@ -256,12 +334,17 @@ def _own_temperature(term: LossTerm, phase: Phase, task: Task, *, what: str) -> 
 
 def _own_options(term: LossTerm, task: Task, *, what: str) -> dict[str, Any]:
     """The loss's options, checked against its signature."""
-    language = task in LANGUAGE_MODELS
-    function = LAYER_LOSSES.get(term.loss) or (LANGUAGE_LOSSES if language else LOSSES)[term.loss]
+    tables: tuple[Mapping[str, Callable[..., Tensor]], ...] = (
+        LAYER_LOSSES,
+        PENALTIES,
+        LANGUAGE_LOSSES if task in LANGUAGE_MODELS else {},
+        LOSSES,
+    )
+    function = next(table[term.loss] for table in tables if term.loss in table)
     known = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("temperature", "layers")
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in _GIVEN
     }
     for name in term.options:
         if name not in known:
@@ -286,6 +369,8 @@ def _option(value: Any, kind: Any, *, what: str) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"{what} is true or false; not {value!r}")
         return value
+    if list[float] in (kind, *kinds):
+        return _weights(value, what=what)
     if int in (kind, *kinds):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{what} is a whole number; not {value!r}")
@@ -295,7 +380,15 @@ def _option(value: Any, kind: Any, *, what: str) -> Any:
     return parse_schedule(value, what=what)
 
 
-def _depth(term: LossTerm, pairs: Sequence[LayerPair], *, what: str) -> tuple[float, ...]:
+def _weights(value: Any, *, what: str) -> list[float]:
+    listed = value if isinstance(value, list) else []
+    numbers = [weight for weight in listed if isinstance(weight, int | float) and not isinstance(weight, bool)]
+    if len(numbers) < len(listed) or not any(numbers) or not all(0 <= weight < math.inf for weight in numbers):
+        raise ConfigError(f"{what} is a list of weights such as [1, 2, 2], none below 0 and one above; not {value!r}")
+    return [float(weight) for weight in numbers]
+
+
+def _depth(term: LossTerm, pairs: Sequence[LayerPair | LayerGroup], *, what: str) -> tuple[float, ...]:
     if isinstance(term.depth, str):
         return (1.0 if term.depth == "sum" else 1.0 / max(len(pairs), 1),) * len(pairs)
     if len(term.depth) != len(pairs):

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from softlabels.config import LAYER_LOSSES, LossTerm, Phase, suggest
+from softlabels.config import LAYER_LOSSES, PENALTIES, LossTerm, Phase, suggest
 from softlabels.errors import ConfigError
-from softlabels.layer_maps import map_layers
-from softlabels.types import LayerPair
+from softlabels.objective import map_term
+from softlabels.types import LayerGroup, LayerPair
 
 _EMBEDDINGS = re.compile(r"embed|wte$|wpe$")
 _LAYERS = re.compile(r"layers:(\d+)(?:-(\d+))?")
@@ -25,8 +25,8 @@ _LAYERS = re.compile(r"layers:(\d+)(?:-(\d+))?")
 def write_out(phases: Sequence[Phase], *, student_layers: int | None, teacher_layers: int | None) -> list[Phase]:
     """`phases`, each progressive one as a phase for every layer of its maps, from the lowest up.
 
-    In the phase of layer i only the losses on that layer are left, and all below it is frozen, or learns at the
-    multiple that `progressive` is (MobileBERT's progressive knowledge transfer: Sun et al. 2020, section 3.3).
+    In the phase of layer i only the losses on that layer are left, and penalties; all below it is frozen, or learns at
+    the multiple that `progressive` is (MobileBERT's progressive knowledge transfer: Sun et al. 2020, section 3.3).
     """
     written: list[Phase] = []
     for phase in phases:
@@ -41,21 +41,29 @@ def write_out(phases: Sequence[Phase], *, student_layers: int | None, teacher_la
 
 
 def _by_layer(phase: Phase, student_layers: int, teacher_layers: int) -> Iterator[Phase]:
-    mapped: list[tuple[LossTerm, list[LayerPair]]] = []
+    mapped: list[tuple[LossTerm, tuple[LayerPair | LayerGroup, ...]]] = []
+    penalties = [term for term in phase.terms if term.loss in PENALTIES]
     for term in phase.terms:
-        if term.loss not in LAYER_LOSSES or term.map is None:
+        if term in penalties:
+            continue
+        if term.loss not in LAYER_LOSSES:
             raise ConfigError(f"phase '{phase.name}' is progressive: loss '{term.loss}' has no layers, leave it out")
         what = f"phase '{phase.name}', loss '{term.loss}'"
-        mapped.append((term, map_layers(term.map, student=student_layers, teacher=teacher_layers, what=what)))
-    layers = sorted({pair.student for _, pairs in mapped for pair in pairs})
+        mapped.append((term, map_term(term, student=student_layers, teacher=teacher_layers, what=what)))
+        if any(isinstance(pair, LayerGroup) and len(pair.student) > 1 for pair in mapped[-1][1]):
+            raise ConfigError(f"{what} looks at all layers at once: it can't be progressive, leave it out")
+    if not mapped:
+        raise ConfigError(f"phase '{phase.name}' is progressive and has no loss on layers: give it one")
+    layers = sorted({_own(pair) for _, pairs in mapped for pair in pairs})
     for layer in layers:
         terms = []
         for term, pairs in mapped:
-            kept = [index for index, pair in enumerate(pairs) if pair.student == layer]
+            kept = [index for index, pair in enumerate(pairs) if _own(pair) == layer]
             depth = [term.depth[index] for index in kept] if isinstance(term.depth, list) else term.depth
             if kept:
-                entries = [_entry(pairs[index]) for index in kept]
-                terms.append(term.model_copy(update={"map": entries, "depth": depth}))
+                update = {"map": [_entry(pairs[index]) for index in kept], "depth": depth, "cover": False}
+                terms.append(term.model_copy(update=update))
+        terms += penalties
         below = [*(["embeddings"] if layer > 0 else []), *([f"layers:1-{layer - 1}"] if layer > 1 else [])]
         rest: dict[str, Any] = {"freeze": [*phase.freeze, *below]}
         if not isinstance(phase.progressive, bool):
@@ -63,7 +71,14 @@ def _by_layer(phase: Phase, student_layers: int, teacher_layers: int) -> Iterato
         yield phase.model_copy(update={"name": f"{phase.name}-{layer}", "losses": terms, "progressive": False, **rest})
 
 
-def _entry(pair: LayerPair) -> list:
+def _own(pair: LayerPair | LayerGroup) -> int:
+    """The student's layer whose phase it is."""
+    return pair.student[0] if isinstance(pair, LayerGroup) else pair.student
+
+
+def _entry(pair: LayerPair | LayerGroup) -> list:
+    if isinstance(pair, LayerGroup):
+        return [pair.student[0], list(pair.teacher)]
     if pair.then is None:
         return [pair.student, pair.teacher]
     return [[pair.student, pair.then.student], [pair.teacher, pair.then.teacher]]

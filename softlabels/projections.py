@@ -1,4 +1,4 @@
-"""Maps from the student's width to the teacher's, so that hidden states of different widths can be compared.
+"""Maps from one side's width to the other's, so that hidden states of different widths can be compared.
 
 They are trained with the student and kept in its checkpoints, and are no part of what it leaves behind.
 """
@@ -20,10 +20,8 @@ class ProjectionSpec:
 
     term: str  # its name in the objective
     kind: Literal["linear", "relu", "tanh"]  # what stands behind the linear map
-    student_width: int
-    teacher_width: int
-    pairs: int  # of layers
-    shared: bool  # one map for all pairs
+    widths: tuple[tuple[int, int], ...]  # of what comes into each map, and of what goes out
+    shared: bool  # the first map serves for all
     lr_scale: float  # its learning rate, as a multiple of the student's
 
 
@@ -35,22 +33,20 @@ class Projections(nn.Module):
         self.specs = {spec.term: spec for spec in specs}
         self.maps = nn.ModuleDict(
             {
-                _key(spec, index): nn.Sequential(
-                    nn.Linear(spec.student_width, spec.teacher_width), _ACTIVATIONS[spec.kind]()
-                )
+                _key(spec, index): nn.Sequential(nn.Linear(*widths), _ACTIVATIONS[spec.kind]())
                 for spec in specs
-                for index in range(1 if spec.shared else spec.pairs)
+                for index, widths in enumerate(spec.widths[:1] if spec.shared else spec.widths)
             }
         )
 
     def forward(self, term: str, index: int, states: Tensor) -> Tensor:
-        """(B, L, student's width) to (B, L, teacher's width), for pair `index` of the term."""
+        """(B, L, one width) to (B, L, the other), by map `index` of the term."""
         return self.maps[_key(self.specs[term], index)](states)
 
     def of(self, term: str) -> list[nn.Parameter]:
         """The parameters of a term's projections."""
         spec = self.specs[term]
-        keys = {_key(spec, index) for index in range(spec.pairs)}
+        keys = {_key(spec, index) for index in range(len(spec.widths))}
         return [parameter for key in sorted(keys) for parameter in self.maps[key].parameters()]
 
 

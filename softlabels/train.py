@@ -29,7 +29,8 @@ from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, resto
 from softlabels.config import BASE, PRETRAINED, TEACHER, Phase, StudentOptions, package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError, StudentError
-from softlabels.objective import Objective, build_objective, teacher_layers, teacher_width
+from softlabels.losses import CONCATENATED
+from softlabels.objective import Objective, Term, build_objective, layer_weights, teacher_layers, teacher_width
 from softlabels.optimizer import ParameterGroup, build_optimizer, clip_gradients
 from softlabels.phases import frozen, parameters_of, write_out
 from softlabels.progress import progress
@@ -39,7 +40,7 @@ from softlabels.students import LINEAR, StudentSpec, build_student, check_studen
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.teaching_rows import Split, labelled_rows, split_rows, teaching_rows
 from softlabels.tokens import batches_by_length, pad_batch
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, Signals, TokenBatch
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, LayerGroup, Signals, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,8 +355,9 @@ def _prepare(
     )
     schedule: Any = get_linear_schedule_with_warmup(optimizer, int(steps * _size(phase.warmup)), steps)
     student, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
-    if projections is not None:
-        projections = accelerator.prepare(projections.to(accelerator.device))
+    for beside in (projections, objective.balances):  # kept in checkpoints, and no part of the student
+        if beside is not None:
+            accelerator.prepare(beside.to(accelerator.device))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return _Tools(run, objective, parameters, accelerator, optimizer, schedule, steps)
 
@@ -363,16 +365,18 @@ def _prepare(
 def _set_up(
     student: PreTrainedModel, stretch: _Stretch, cache: Cache, probe: TokenBatch
 ) -> tuple[TeacherRun, Objective]:
-    """The student ready to give what the losses of a phase look at, and the objective with its projections."""
+    """The student ready to give what the losses of a phase look at, and the objective with all that it has beside."""
     objective, tokens = stretch.objective, student_batch(student, probe)
     run = prepare_student(student, objective.looks_at(), tokens, language=objective.language)
-    return run, replace(objective, projections=_make_projections(stretch.phase, objective, cache, run, probe))
+    projections = _make_projections(stretch.phase, objective, cache, run, probe)
+    balances, parameters = layer_weights(objective.terms), tuple(student.parameters())
+    return run, replace(objective, projections=projections, balances=balances, parameters=parameters)
 
 
 def _make_projections(
     phase: Phase, objective: Objective, cache: Cache, run: TeacherRun, probe: TokenBatch
 ) -> Projections | None:
-    """The projections that the phase asks for, as wide as the student's hidden states and the teacher's."""
+    """The projections that the phase asks for, between the widths of the student's hidden states and the teacher's."""
     wanted = [(term, own) for term, own in zip(phase.terms, objective.terms, strict=True) if term.project is not None]
     if not wanted:
         return None
@@ -380,20 +384,31 @@ def _make_projections(
         says = _forward(run, probe)
     specs = []
     for term, own in wanted:
-        pair = own.pairs[0]
         assert term.project is not None
-        specs.append(
-            ProjectionSpec(
-                own.name,
-                term.project,
-                student_width=says.hidden(pair.student).shape[-1],
-                teacher_width=teacher_width(cache, pair.teacher),
-                pairs=len(own.pairs),
-                shared=term.share_projection,
-                lr_scale=term.project_lr,
+        widths = _widths(own, says, cache)
+        if term.share_projection and len(set(widths)) > 1:
+            raise ConfigError(
+                f"phase '{phase.name}', loss '{term.loss}': the layers of its map differ in width, so that one "
+                f"projection can't serve all: leave 'share_projection' out"
             )
+        specs.append(
+            ProjectionSpec(own.name, term.project, widths, shared=term.share_projection, lr_scale=term.project_lr)
         )
     return Projections(specs)
+
+
+def _widths(term: Term, says: Signals, cache: Cache) -> tuple[tuple[int, int], ...]:
+    """What comes into each projection of `term` and goes out: the student's states, or a bucket of the teacher's."""
+    widths: list[tuple[int, int]] = []
+    for pair in term.pairs:
+        group = pair if isinstance(pair, LayerGroup) else LayerGroup((pair.student,), (pair.teacher,))
+        ours = [says.hidden(layer).shape[-1] for layer in group.student]
+        theirs = [teacher_width(cache, layer) for layer in group.teacher]
+        if term.loss in CONCATENATED:
+            widths.append((sum(theirs), ours[0]))
+        else:
+            widths += [(width, theirs[0]) for width in ours]
+    return tuple(widths)
 
 
 def _groups(student: PreTrainedModel, phase: Phase, objective: Objective) -> list[ParameterGroup]:

@@ -275,6 +275,14 @@ class LayerPair:
     then: LayerPair | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that a loss on several of a side looks at together; 0 is the embedding output."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+
 def layer_field(kind: str, layer: int) -> str:
     """The name of a layer's field: `layer_field('hidden', 6)` is 'hidden.06'."""
     return f"{kind}.{layer:02d}"

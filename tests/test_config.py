@@ -19,8 +19,8 @@ from softlabels.config import (
     suggest,
 )
 from softlabels.errors import ConfigError
-from softlabels.layer_maps import MAPS
-from softlabels.losses import LAYER_LOSSES, LOSSES
+from softlabels.layer_maps import GROUP_MAPS, MAPS
+from softlabels.losses import LAYER_LOSSES, LOSSES, PENALTIES
 from softlabels.recipes import Recipe, read_recipe, recipes_folder
 
 RECIPE = """
@@ -42,7 +42,8 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_the_list_of_losses_is_the_one_of_the_losses() -> None:
     assert (tuple(LOSSES), tuple(LAYER_LOSSES)) == (config.LOSSES, config.LAYER_LOSSES)
-    assert tuple(MAPS) == config.MAPS
+    assert tuple(PENALTIES) == config.PENALTIES
+    assert (tuple(MAPS), tuple(GROUP_MAPS)) == (config.MAPS, config.GROUP_MAPS)
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,14 @@ def attention_scores_mse(student: Signals, teacher: Signals, *, layers: LayerPai
     count. TinyBERT's released code counts these and padding, as 0. With `heads="mean"` it is TextBrewer's
     `attention_mse_sum` but for the factor H², since that one sums over heads.
     """
-    ours, theirs = _compare_scores(student, teacher, layers, heads, "attention_scores_mse")
+    ours, theirs = compare_scores(student, teacher, layers, heads, "attention_scores_mse")
+    return scores_mean_square(ours, theirs, student.mask)
+
+
+def scores_mean_square(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    """The mean of (ours − theirs)², (B, H, L, L) each, over pairs of tokens that neither side masks; `mask` (B, L)."""
     seen = (ours > MASKED / 2) & (theirs > MASKED / 2)
-    return mean_over_pairs((ours - theirs).square(), seen & token_pairs(student.mask))
+    return mean_over_pairs((ours - theirs).square(), seen & token_pairs(mask))
 
 
 def attention_scores_ce(student: Signals, teacher: Signals, *, layers: LayerPair, heads: Heads = "mean") -> Tensor:
@@ -47,7 +52,7 @@ def attention_scores_ce(student: Signals, teacher: Signals, *, layers: LayerPair
     The latter is TextBrewer's `attention_ce_mean`; `attention_ce(heads="mean")` averages probabilities instead. With
     `heads="each"` it is `attention_ce`.
     """
-    ours, theirs = _compare_scores(student, teacher, layers, heads, "attention_scores_ce")
+    ours, theirs = compare_scores(student, teacher, layers, heads, "attention_scores_ce")
     entropy = -(theirs.softmax(dim=-1) * ours.log_softmax(dim=-1)).sum(dim=-1)  # (B, H, L)
     return mean_over_tokens(entropy, _token_mask(student, entropy))
 
@@ -110,7 +115,7 @@ def _scores(signals: Signals, layer: int) -> Tensor:
     return without_padded_queries(signals.attention_scores(layer), signals.mask)
 
 
-def _compare_scores(
+def compare_scores(
     student: Signals, teacher: Signals, layers: LayerPair, heads: Heads, loss: str
 ) -> tuple[Tensor, Tensor]:
     """The student's scores and the teacher's, (B, H, L, L), or with H = 1 their means over heads."""

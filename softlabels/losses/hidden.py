@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from softlabels.losses.padding import check_tokens, check_widths, compare_states, mean_over_tokens, wide
+from softlabels.losses.padding import compare_cls, compare_states, mean_over_tokens
 from softlabels.types import LayerPair, Signals
 
 
@@ -32,14 +32,20 @@ def pkd(student: Signals, teacher: Signals, *, layers: LayerPair, mean_over_widt
 
     The released code takes the mean over D as well, as does `mean_over_width`; its weights (10 to 1000) allow for it.
     """
-    ours, theirs = student.hidden_cls(layers.student), teacher.hidden_cls(layers.teacher)  # (B, D)
-    check_tokens(ours, theirs, "pkd", layers, tokens=(0,))
-    check_widths(ours, theirs, "pkd", layers)
-    texts = (student.mask != 0).any(dim=1)  # (B,); a text of padding alone has no [CLS]
-    units = [F.normalize(wide(states).masked_fill(~texts[:, None], 0), dim=-1) for states in (ours, theirs)]
-    distances = (units[0] - units[1]).square().sum(dim=-1)  # (B,)
-    loss = distances.sum() / texts.sum().clamp(min=1)
+    states = compare_cls(student, teacher, layers, "pkd")
+    ours, theirs = (F.normalize(side, dim=-1) for side in (states.student, states.teacher))  # (B, D)
+    loss = mean_over_tokens((ours - theirs).square().sum(dim=-1), states.mask)
     return loss / ours.shape[-1] if mean_over_width else loss
+
+
+def layer_output(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:
+    """½ · mean over tokens and D of (f − f*)², f the output of the student's layer and f* of the teacher's.
+
+    The first term of 'Taylor-FO' distillation, whose other one is `parameter_norm`: half of `hidden_mse`, so that the
+    gradient in f is the mean residual f − f* itself.
+    """
+    states = compare_states(student, teacher, layers, "layer_output")
+    return mean_over_tokens((states.student - states.teacher).square().mean(dim=-1), states.mask) / 2
 
 
 def feature_map_mse(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:

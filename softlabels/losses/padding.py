@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import ConfigError
-from softlabels.types import LayerPair, Signals
+from softlabels.types import LayerGroup, LayerPair, Signals
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Hidden states of both sides, (B, L, Ds) and (B, L, Dt), 0 at padding, and `mask` (B, L), 1. for a token."""
+    """Hidden states of both sides, (B, L, Ds) and (B, L, Dt), 0 at padding, and `mask` (B, L), 1. for a token.
+
+    Or of [CLS] alone: (B, Ds), (B, Dt) and (B,).
+    """
 
     student: Tensor
     teacher: Tensor
@@ -34,7 +37,20 @@ def compare_states(student: Signals, teacher: Signals, layers: LayerPair, loss: 
     return States(without_padding(ours, mask), without_padding(theirs, mask), mask.to(wide(ours).dtype))
 
 
-def check_tokens(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair, *, tokens: tuple[int, ...]) -> None:
+def compare_cls(student: Signals, teacher: Signals, layers: LayerPair, loss: str, *, widths: bool = True) -> States:
+    """As `compare_states`, of [CLS] alone: (B, Ds) and (B, Dt), and `mask` (B,), 0. for a text of padding alone."""
+    ours, theirs = student.hidden_cls(layers.student), teacher.hidden_cls(layers.teacher)
+    check_tokens(ours, theirs, loss, layers, tokens=(0,))
+    if widths:
+        check_widths(ours, theirs, loss, layers)
+    texts = (student.mask != 0).any(dim=1)  # such a text has no [CLS]
+    ours, theirs = (wide(states).masked_fill(~texts[:, None], 0) for states in (ours, theirs))
+    return States(ours, theirs, texts.to(ours.dtype))
+
+
+def check_tokens(
+    ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair | LayerGroup, *, tokens: tuple[int, ...]
+) -> None:
     """Raises ConfigError where the dimensions `tokens` of the two differ: they must be of the same tokens."""
     if [ours.shape[i] for i in tokens] != [theirs.shape[i] for i in tokens]:
         raise ConfigError(
@@ -43,7 +59,7 @@ def check_tokens(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair, *, 
         )
 
 
-def check_widths(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair) -> None:
+def check_widths(ours: Tensor, theirs: Tensor, loss: str, layers: LayerPair | LayerGroup) -> None:
     """Raises ConfigError where the last dimensions of the two differ."""
     if ours.shape[-1] != theirs.shape[-1]:
         raise ConfigError(
@@ -77,7 +93,7 @@ def wide(values: Tensor) -> Tensor:
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of (B, L) or (B, H, L) over all tokens of the batch (and heads)."""
+    """The mean of (B, L) or (B, H, L) over all tokens of the batch (and heads); of (B,) over its texts."""
     if values.dim() == 3:
         values = values.mean(dim=1)
     return (values * mask).sum() / mask.sum().clamp(min=1)
@@ -108,6 +124,9 @@ def product(first: Tensor, second: Tensor) -> Tensor:
         return first @ second
 
 
-def places(layers: LayerPair) -> str:
+def places(layers: LayerPair | LayerGroup) -> str:
     """For messages: which layers these are."""
+    if isinstance(layers, LayerGroup):
+        ours, theirs = (", ".join(map(str, side)) for side in (layers.student, layers.teacher))
+        return f"layer {ours} of the student and {theirs} of the teacher"
     return f"layer {layers.student} of the student and {layers.teacher} of the teacher"

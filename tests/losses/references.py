@@ -59,6 +59,12 @@ def hidden_mse(student: Signals, teacher: Signals, layers: LayerPair) -> float:
     return mean([mean([(a - b) ** 2 for a, b in zip(*pair, strict=True)]) for pair in tokens(student, teacher, layers)])
 
 
+def layer_output(student: Signals, teacher: Signals, layers: LayerPair) -> float:
+    return mean(
+        [mean([0.5 * (a - b) ** 2 for a, b in zip(*pair, strict=True)]) for pair in tokens(student, teacher, layers)]
+    )
+
+
 def hidden_cosine(student: Signals, teacher: Signals, layers: LayerPair) -> float:
     return mean(
         [1 - dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) for a, b in tokens(student, teacher, layers)],
@@ -240,6 +246,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "hidden_mse": hidden_mse,
     "hidden_cosine": hidden_cosine,
     "pkd": pkd,
+    "layer_output": layer_output,
     "feature_map_mse": feature_map_mse,
     "feature_statistics": feature_statistics,
     "gram": gram,

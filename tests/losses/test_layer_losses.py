@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import CacheError, ConfigError
-from softlabels.losses import LAYER_LOSSES, LOSSES, NEEDS, TWO_LAYERS
+from softlabels.losses import GROUP_LOSSES, LAYER_LOSSES, LOSSES, NEEDS, PAIR_LOSSES, PENALTIES, TWO_LAYERS
 from softlabels.types import MASKED, LayerPair, Signals, layer_field
 from tests.losses.ragged import LAYERS, causal, only, padded, side, with_field, with_junk
 from tests.losses.references import REFERENCES
 
 FIELD = {"hidden_cls": "hidden.01", "hidden": "hidden.01", "query": "query.01", "key": "key.01", "value": "value.01"}
 ENTROPIES = {"attention_ce", "attention_scores_ce"}  # not 0 between equals
-ATTENTION = [name for name in LAYER_LOSSES if name.startswith("attention")]
+ATTENTION = [name for name in PAIR_LOSSES if name.startswith("attention")]
 
 
 def looked_at(name: str) -> str:
@@ -25,37 +25,38 @@ def looked_at(name: str) -> str:
 
 
 def test_each_has_a_reference_and_says_what_it_needs() -> None:
-    assert set(REFERENCES) == set(LAYER_LOSSES)
-    assert set(NEEDS) == set(LOSSES) | set(LAYER_LOSSES)
+    assert set(REFERENCES) == set(PAIR_LOSSES)
+    assert set(LAYER_LOSSES) == set(PAIR_LOSSES) | set(GROUP_LOSSES)
+    assert set(NEEDS) == set(LOSSES) | set(LAYER_LOSSES) | set(PENALTIES)
     assert not set(LOSSES) & set(LAYER_LOSSES)
     for name in LAYER_LOSSES:
         (signal,) = NEEDS[name]
         assert callable(getattr(Signals, signal))
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_equals_the_formula_in_float64(name: str) -> None:
     student, teacher = side(1), side(2)
     wanted = REFERENCES[name](student, teacher, LAYERS)
     assert wanted > 0
-    assert LAYER_LOSSES[name](student, teacher, layers=LAYERS).item() == pytest.approx(wanted, rel=1e-10)
+    assert PAIR_LOSSES[name](student, teacher, layers=LAYERS).item() == pytest.approx(wanted, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(TWO_LAYERS))
 def test_without_second_layers_the_first_are_taken_twice(name: str) -> None:
     student, teacher, layers = side(1), side(2), LayerPair(1, 2)
-    got = LAYER_LOSSES[name](student, teacher, layers=layers).item()
+    got = PAIR_LOSSES[name](student, teacher, layers=layers).item()
     assert got == pytest.approx(REFERENCES[name](student, teacher, layers), rel=1e-10)
     assert got != pytest.approx(REFERENCES[name](student, teacher, LAYERS), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_gradients_are_those_of_the_loss(name: str) -> None:
     student, teacher = (side(seed, lengths=(3, 0, 2)) for seed in (3, 4))
     field = looked_at(name)
 
     def loss(values: Tensor) -> Tensor:
-        return LAYER_LOSSES[name](with_field(student, field, values), teacher, layers=LAYERS)
+        return PAIR_LOSSES[name](with_field(student, field, values), teacher, layers=LAYERS)
 
     values = student.get(field).clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, (values,))
@@ -65,11 +66,11 @@ def test_gradients_are_those_of_the_loss(name: str) -> None:
     assert at_padding.abs().max() == 0
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_equals_cost_nothing_but_their_entropy(name: str) -> None:
     student, layers = side(5), LayerPair(1, 1)
     values = student.get(looked_at(name)).clone().requires_grad_()
-    loss = LAYER_LOSSES[name](with_field(student, looked_at(name), values), student, layers=layers)
+    loss = PAIR_LOSSES[name](with_field(student, looked_at(name), values), student, layers=layers)
     (gradient,) = torch.autograd.grad(loss, values)
     assert gradient.abs().max() < 1e-12 or name == "feature_statistics"  # whose |x| has a kink there
     if name in ENTROPIES:
@@ -78,25 +79,25 @@ def test_equals_cost_nothing_but_their_entropy(name: str) -> None:
         assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("junk", [1e4, float("nan")])
 def test_more_padding_changes_nothing(name: str, junk: float) -> None:
     student, teacher, field = side(6), side(7), looked_at(name)
-    wanted = LAYER_LOSSES[name](student, teacher, layers=LAYERS).item()
+    wanted = PAIR_LOSSES[name](student, teacher, layers=LAYERS).item()
     more = padded(student, junk=junk)
     values = more.get(field).requires_grad_()
-    loss = LAYER_LOSSES[name](with_field(more, field, values), padded(teacher, junk=junk), layers=LAYERS)
+    loss = PAIR_LOSSES[name](with_field(more, field, values), padded(teacher, junk=junk), layers=LAYERS)
     (gradient,) = torch.autograd.grad(loss, values)
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
     assert bool(gradient.isfinite().all())
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_nothing_but_padding_costs_nothing(name: str) -> None:
     student, teacher = side(8), side(9)
     student, teacher = (replace(both, mask=torch.zeros_like(both.mask)) for both in (student, teacher))
     values = student.get(looked_at(name)).clone().requires_grad_()
-    loss = LAYER_LOSSES[name](with_field(student, looked_at(name), values), teacher, layers=LAYERS)
+    loss = PAIR_LOSSES[name](with_field(student, looked_at(name), values), teacher, layers=LAYERS)
     (gradient,) = torch.autograd.grad(loss, values)
     assert loss.item() == 0 and not gradient.any()
 
@@ -109,7 +110,7 @@ def test_masked_pairs_are_finite_however_they_are_marked(name: str, masked: floa
     wanted = REFERENCES[name](student, teacher, LAYERS)
     marked = replace(student, fields={k: v.masked_fill(v == MASKED, masked) for k, v in student.fields.items()})
     values = marked.get("attention.01@scores").clone().requires_grad_()
-    loss = LAYER_LOSSES[name](with_field(marked, "attention.01@scores", values), teacher, layers=LAYERS)
+    loss = PAIR_LOSSES[name](with_field(marked, "attention.01@scores", values), teacher, layers=LAYERS)
     (gradient,) = torch.autograd.grad(loss, values)
     assert loss.item() == pytest.approx(wanted, rel=1e-10)
     assert bool(gradient.isfinite().all())
@@ -119,46 +120,46 @@ def test_masked_pairs_are_finite_however_they_are_marked(name: str, masked: floa
 def test_a_mask_on_one_side_alone_stays_finite(name: str) -> None:
     for student, teacher in ((causal(side(10)), side(11)), (side(10), causal(side(11)))):
         values = student.get("attention.01@scores").clone().requires_grad_()
-        loss = LAYER_LOSSES[name](with_field(student, "attention.01@scores", values), teacher, layers=LAYERS)
+        loss = PAIR_LOSSES[name](with_field(student, "attention.01@scores", values), teacher, layers=LAYERS)
         (gradient,) = torch.autograd.grad(loss, values)
         assert bool(loss.isfinite()) and bool(gradient.isfinite().all())
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_lower_precision_is_raised_to_float32(name: str, dtype: torch.dtype) -> None:
     narrow, exact = {}, {}
     for key, signals in (("student", side(12)), ("teacher", side(13))):
         narrow[key] = replace(signals, fields={k: v.to(dtype) for k, v in signals.fields.items()})
         exact[key] = replace(signals, fields={k: v.to(dtype).double() for k, v in signals.fields.items()})
-    got = LAYER_LOSSES[name](narrow["student"], narrow["teacher"], layers=LAYERS)
+    got = PAIR_LOSSES[name](narrow["student"], narrow["teacher"], layers=LAYERS)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(
-        LAYER_LOSSES[name](exact["student"], exact["teacher"], layers=LAYERS).item(), rel=2e-5
+        PAIR_LOSSES[name](exact["student"], exact["teacher"], layers=LAYERS).item(), rel=2e-5
     )
 
 
 @pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine", "pkd", "feature_map_mse", "gram"])
 def test_another_width_asks_for_a_projection(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' on layer 1 .* 4 wide, the teacher's 6; give the term a `project`"):
-        LAYER_LOSSES[name](side(1, width=4), side(2), layers=LayerPair(1, 2))
+        PAIR_LOSSES[name](side(1, width=4), side(2), layers=LayerPair(1, 2))
 
 
 @pytest.mark.parametrize("name", ["feature_statistics", "nst"])
 def test_some_need_no_projection(name: str) -> None:
     student, teacher = side(1, width=4), side(2)
     wanted = REFERENCES[name](student, teacher, LAYERS)
-    assert LAYER_LOSSES[name](student, teacher, layers=LAYERS).item() == pytest.approx(wanted, rel=1e-10)
+    assert PAIR_LOSSES[name](student, teacher, layers=LAYERS).item() == pytest.approx(wanted, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_other_tokens_are_refused(name: str) -> None:
     if name == "pkd":
         student, teacher = side(1, lengths=(4, 2)), side(2, lengths=(4, 2, 3))
     else:
         student, teacher = side(1, lengths=(4, 2)), side(2, lengths=(3, 2))
     with pytest.raises(ConfigError, match=f"'{name}' .* must be of the same texts"):
-        LAYER_LOSSES[name](student, teacher, layers=LAYERS)
+        PAIR_LOSSES[name](student, teacher, layers=LAYERS)
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, "query_relation", "key_relation", "value_relation"])
@@ -166,21 +167,21 @@ def test_other_heads_are_refused_with_the_way_out(name: str) -> None:
     options = {} if name != "attention_scores_ce" else {"heads": "each"}
     way = "relation_heads" if name.endswith("relation") else "heads: mean"
     with pytest.raises(ConfigError, match=f"'{name}' .* has 3 heads, the teacher 2; .*{way}"):
-        LAYER_LOSSES[name](side(1, heads=3), side(2), layers=LAYERS, **options)
+        PAIR_LOSSES[name](side(1, heads=3), side(2), layers=LAYERS, **options)
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_a_missing_field_is_named(name: str) -> None:
     with pytest.raises(CacheError, match=r"a loss asks for .*hold logits"):
-        LAYER_LOSSES[name](side(1), replace(side(2), fields={"logits": torch.zeros(4, 2)}), layers=LAYERS)
+        PAIR_LOSSES[name](side(1), replace(side(2), fields={"logits": torch.zeros(4, 2)}), layers=LAYERS)
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_nothing_else_is_looked_at(name: str) -> None:
     """So that a cache needs no more than NEEDS says."""
     student, teacher = side(1), side(2)
     kind = looked_at(name).partition(".")[0]
     suffix = "@scores" if kind == "attention" else ""
     names = [layer_field(kind, layer) + suffix for layer in ((1, 2) if name in TWO_LAYERS else (2,))]
-    wanted = LAYER_LOSSES[name](student, teacher, layers=LAYERS).item()
-    assert LAYER_LOSSES[name](student, only(teacher, *names), layers=LAYERS).item() == wanted
+    wanted = PAIR_LOSSES[name](student, teacher, layers=LAYERS).item()
+    assert PAIR_LOSSES[name](student, only(teacher, *names), layers=LAYERS).item() == wanted
