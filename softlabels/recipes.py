@@ -18,6 +18,7 @@ from softlabels.config import (
     PRETRAINED,
     TEACHER,
     AugmentOptions,
+    CombineOptions,
     DumpOptions,
     Strict,
     StudentOptions,
@@ -50,6 +51,16 @@ class TeacherChoice(Strict):
     train: TeacherTraining | None = None
 
 
+class EnsembleTeacher(TeacherChoice):
+    """One teacher of several; what they say together teaches the students.
+
+    `corpus` is what it is trained on where that isn't the recipe's: the rows that a federated party keeps to itself.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    corpus: CorpusChoice | None = None
+
+
 class StudentEntry(StudentOptions):
     """One student of a recipe; with `hard_twin`, the same student on hard labels alone is trained beside it."""
 
@@ -77,16 +88,54 @@ class Recipe(Strict):
 
     A student's option `init_from` may be a folder, or 'base' (the pretrained model that the teacher was tuned from),
     'teacher', or 'pretrained' (the student of `pretrain`).
+
+    Of several `teachers` each labels the same rows, and `combine` says how that becomes one cache; `teacher` is then
+    the first of them, whose tokens the students read.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     corpus: CorpusChoice
     teacher: TeacherChoice
+    teachers: list[EnsembleTeacher] = Field(default=[])
+    combine: CombineOptions = CombineOptions()  # how, of several teachers
     dump: DumpOptions = DumpOptions()
     augment: AugmentOptions | None = None  # what the teacher labels for the students is made larger first
     pretrain: Pretraining | None = None
     students: list[StudentEntry] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_teacher(cls, data: Any) -> Any:
+        """What a recipe of several teachers says of the first one stands for `teacher` too."""
+        if not isinstance(data, dict) or not isinstance(data.get("teachers"), list) or not data["teachers"]:
+            return data
+        if data.get("teacher") is not None:
+            raise ValueError("a recipe has a 'teacher' or 'teachers': write the one among the others")
+        first = data["teachers"][0]
+        if not isinstance(first, dict):
+            return data
+        return data | {"teacher": {key: value for key, value in first.items() if key not in ("weight", "corpus")}}
+
+    @model_validator(mode="after")
+    def _ensemble(self) -> Recipe:
+        if len(self.teachers) == 1:
+            raise ValueError("'teachers' has one entry: call it 'teacher', or give it company")
+        if not self.teachers and self.combine != CombineOptions():
+            raise ValueError("'combine' is about several 'teachers', and this recipe has one")
+        if self.teachers and self.dump.capture not in ([], ["logits"]):
+            raise ValueError("of several teachers only logits are combined: leave other captures out of 'dump'")
+        if self.combine.weights is not None:
+            raise ValueError("combine.weights: say each teacher's 'weight' where the teacher is")
+        if self.teachers:
+            self.combine_options()
+        return self
+
+    def combine_options(self) -> CombineOptions:
+        """How the caches of `teachers` are combined; ConfigError where their weights have no say in it."""
+        weights = [teacher.weight for teacher in self.teachers]
+        given = {} if len(set(weights)) == 1 else {"weights": weights}
+        return build_options(CombineOptions, self.combine.model_dump(exclude_unset=True) | given, where="combine")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

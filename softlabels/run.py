@@ -1,10 +1,12 @@
 """Every stage of a recipe, in order; a stage whose inputs haven't changed is skipped.
 
 corpus → teacher → (augment) → dump → students, each from soft labels and (its twin) from hard labels alone → table.
-A recipe that pretrains its students does the first three once more before. Everything lies in one folder:
+A recipe that pretrains its students does the first three once more before; of several teachers each has stages of its
+own as far as the dump, and their caches are combined. Everything lies in one folder:
 
     teacher/  augmented.jsonl  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
     pretrain/           its own teacher/, cache/ and student/
+    teacher-1/          of several teachers the first one's teacher/, cache/ and cache-test/; the others likewise
     stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
     results.json        the table as data
 """
@@ -15,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -23,8 +25,18 @@ from typing import Any
 
 from softlabels.augment import augment
 from softlabels.cache import open_cache
+from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
-from softlabels.config import BASE, PRETRAINED, TEACHER, AugmentOptions, DumpOptions, StudentOptions, fingerprint
+from softlabels.config import (
+    BASE,
+    PRETRAINED,
+    TEACHER,
+    AugmentOptions,
+    CombineOptions,
+    DumpOptions,
+    StudentOptions,
+    fingerprint,
+)
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
@@ -34,7 +46,7 @@ from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
-from softlabels.types import Task
+from softlabels.types import NO_LABEL, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,8 @@ class RunResult:
     cache_rows: int
     cache_bytes: int
     skipped: int  # stages whose inputs hadn't changed
+    # of several teachers the accuracy of each; `teacher_accuracy` is then that of what they say together
+    teacher_accuracies: list[float | None] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,12 +123,18 @@ def run_recipe(
         stages = _Stages(out, say)
         corpora = _Corpora(recipe.corpus, recipe.teacher)
         _check(recipe, corpora)
-        teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu)
+        under = "teacher-1" if recipe.teachers else ""
+        corpora_of_first = _own_corpora(recipe, 0, corpora) if recipe.teachers else corpora
+        teacher = _teacher(recipe.teacher, stages, corpora_of_first, cpu=cpu, under=under)
         if recipe.augment is not None:
             _augment(recipe.augment, stages, corpora, teacher, cpu=cpu)
-        cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu)
+        cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu, under=under)
         logits = recipe.dump.model_copy(update={"capture": ["logits"]})
-        test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu)
+        test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu, under=under)
+        taught_by = [_Taught(teacher, cache, test)]
+        if recipe.teachers:
+            taught_by += [_others(recipe, n, stages, corpora, cpu=cpu) for n in range(1, len(recipe.teachers))]
+            cache, test = _combine(recipe, stages, taught_by)
         starts = _Starts(base=recipe.teacher.model, teacher=teacher)
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
@@ -135,7 +155,11 @@ def run_recipe(
             for entry in recipe.students
         ]
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
+        if recipe.teachers:
+            paid_once += sum(each.teacher.seconds for each in taught_by[1:]) + sum(e.cache.seconds for e in taught_by)
         result = _table(recipe, out, results, cache, paid_once, stages.skipped)
+        if recipe.teachers:
+            result = replace(result, teacher_accuracies=[_accuracy(Path(each.test.path)) for each in taught_by])
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
     return result
 
@@ -176,11 +200,16 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
-    if recipe.teacher.train is not None:
-        train = corpora.read("train")
-        check_trainable(train)
-        for use in ("transfer", "test"):
-            encode_labels(corpora.read(use).examples, train.label_names or [])
+    owns = [_own_corpora(recipe, number, corpora) for number in range(len(recipe.teachers))] or [corpora]
+    choices: list[TeacherChoice] = [*recipe.teachers] or [recipe.teacher]
+    for choice, own in zip(choices, owns, strict=True):
+        if recipe.teachers and (choice.train is None or not choice.train.from_scratch):
+            resolve_pretrained(choice.model)  # the last of several would else be missed after the others' training
+        if choice.train is not None:
+            train = own.read("train")
+            check_trainable(train)
+            for use in ("transfer", "test"):
+                encode_labels(corpora.read(use).examples, train.label_names or [])
 
 
 class _Corpora:
@@ -270,6 +299,63 @@ def _dump(
 
     found = stages.run(_stage(under, name), key, work, makes=out / "manifest.json")
     return _Made(str(out), key, found["seconds"], found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """One of several teachers, and what it said."""
+
+    teacher: _Made
+    cache: _Made
+    test: _Made
+
+
+def _own_corpora(recipe: Recipe, number: int, corpora: _Corpora) -> _Corpora:
+    """What one of several teachers is trained on: of the recipe's corpus its own rows, or a corpus of its own."""
+    choice = recipe.teachers[number]
+    if choice.corpus is None and choice.train == recipe.teacher.train:
+        return corpora
+    return _Corpora(choice.corpus or recipe.corpus, choice)
+
+
+def _others(recipe: Recipe, number: int, stages: _Stages, corpora: _Corpora, *, cpu: bool) -> _Taught:
+    """Of several teachers one that is not the first: it says of the same rows what it thinks."""
+    choice, under = recipe.teachers[number], f"teacher-{number + 1}"
+    teacher = _teacher(choice, stages, _own_corpora(recipe, number, corpora), cpu=cpu, under=under)
+    dumped = partial(_dump, recipe.dump, stages, teacher=teacher, cpu=cpu, under=under)
+    return _Taught(teacher, dumped("cache", corpora, "transfer"), dumped("cache-test", corpora, "test"))
+
+
+def _combine(recipe: Recipe, stages: _Stages, taught_by: list[_Taught]) -> tuple[_Made, _Made]:
+    """The caches of what all teachers say together: of the transfer rows, and of the test's."""
+    options = recipe.combine_options()
+
+    def combined(name: str, parts: list[_Made], options: CombineOptions) -> _Made:
+        out, key = stages.out / name, fingerprint([options.model_dump(), *(part.key for part in parts)])
+
+        def work() -> dict[str, Any]:
+            shutil.rmtree(out, ignore_errors=True)  # of other inputs: it is made again in a moment
+            report = combine([part.path for part in parts], out=out, options=options)
+            return {"rows": report.rows, "bytes": report.bytes}
+
+        found = stages.run(name, key, work, makes=out / "manifest.json")
+        return _Made(str(out), key, found["seconds"], found)
+
+    blind = options  # a teacher that is chosen by the label of a test row would have looked at the answer
+    if options.choose == "label":
+        blind = options.model_copy(update={"choose": None})
+    return (
+        combined("cache", [each.cache for each in taught_by], options),
+        combined("cache-test", [each.test for each in taught_by], blind),
+    )
+
+
+def _accuracy(cache: Path) -> float | None:
+    """Of a cache's logits on its labelled rows; None where no row has a label."""
+    opened = open_cache(cache)
+    rows = opened.labels != NO_LABEL
+    right = opened.column("logits").argmax(axis=1) == opened.labels
+    return float(right[rows].mean()) if rows.any() else None
 
 
 def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teacher: _Made, *, cpu: bool) -> None:
