@@ -602,7 +602,8 @@ class TeacherTraining(Strict):
     options: dict[str, Any] = {}  # with from_scratch: sizes, as of the transformer student
 
 
-BASE, TEACHER, PRETRAINED = "base", "teacher", "pretrained"  # what a recipe's `init_from` may say beside a folder
+# what a recipe's `init_from` may say beside a folder
+BASE, TEACHER, PRETRAINED, ASSISTANT = "base", "teacher", "pretrained", "assistant"
 
 
 # -------------------------------------------------------------------------------------------------- reading options

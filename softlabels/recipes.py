@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from softlabels.config import (
+    ASSISTANT,
     BASE,
     PRETRAINED,
     TEACHER,
@@ -67,7 +68,27 @@ class StudentEntry(StudentOptions):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     hard_twin: bool = True
     hard_epochs: int | None = Field(default=None, ge=1)  # the twin sees fewer rows, and may need more epochs
+    direct_twin: bool = False  # with assistants: the same student, from the teacher's own cache, beside it
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
+
+
+class Assistant(StudentOptions):
+    """A model between the teacher and the students: it learns from the cache before it, and is dumped as the next.
+
+    Teacher assistants (Mirzadeh et al. 2020, arXiv:1902.03393). A shape that is not given is MiniLM's (Wang et al.
+    2020, section 3.4): as deep as the teacher, as wide as the first student that is a transformer.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    student: str = "transformer"
+    dump: DumpOptions | None = None  # of its own cache; None: as the recipe's
+
+    @field_validator("student")
+    @classmethod
+    def _dumpable(cls, value: str) -> str:
+        if value != "transformer":
+            raise ValueError(f"an assistant is dumped as a teacher is, so it must be a transformer; not {value}")
+        return value
 
 
 class Pretraining(Strict):
@@ -87,7 +108,7 @@ class Recipe(Strict):
     """One experiment, from corpus to students.
 
     A student's option `init_from` may be a folder, or 'base' (the pretrained model that the teacher was tuned from),
-    'teacher', or 'pretrained' (the student of `pretrain`).
+    'teacher', 'pretrained' (the student of `pretrain`), or 'assistant' (the last of the `assistants`).
 
     Of several `teachers` each labels the same rows, and `combine` says how that becomes one cache; `teacher` is then
     the first of them, whose tokens the students read.
@@ -102,6 +123,8 @@ class Recipe(Strict):
     dump: DumpOptions = DumpOptions()
     augment: AugmentOptions | None = None  # what the teacher labels for the students is made larger first
     pretrain: Pretraining | None = None
+    # each learns from the one before it, the first from the teacher; the students learn from the last
+    assistants: list[Assistant] = []
     students: list[StudentEntry] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -155,6 +178,20 @@ class Recipe(Strict):
                 raise ValueError(
                     f"the twin of student '{student.name}' would start from what the teacher was tuned from, which is "
                     f"nothing: give it hard_twin: false"
+                )
+        hops = [assistant.name for assistant in self.assistants]
+        if doubled := sorted({name for name in hops if hops.count(name) > 1 or name in names}):
+            raise ValueError(f"two models are called '{doubled[0]}': give each assistant a name of its own")
+        if self.assistants and self.assistants[0].options.get("init_from") == ASSISTANT:
+            raise ValueError(f"assistant '{hops[0]}' can't start from '{ASSISTANT}': there is none before it")
+        for student in self.students:
+            if not hops and (student.direct_twin or student.options.get("init_from") == ASSISTANT):
+                asked = "direct_twin" if student.direct_twin else f"init_from: {ASSISTANT}"
+                raise ValueError(f"student '{student.name}' has {asked}, and the recipe has no 'assistants'")
+            if student.direct_twin and student.options.get("init_from") == ASSISTANT:
+                raise ValueError(
+                    f"student '{student.name}' starts from '{ASSISTANT}', so it has no direct_twin: that knows the "
+                    f"teacher alone"
                 )
         starting = [student.name for student in self.students if student.options.get("init_from") == PRETRAINED]
         if starting and self.pretrain is None:
@@ -211,8 +248,12 @@ def student_of_recipe(name: str, student: str | None) -> StudentOptions:
         raise ConfigError(
             f"recipe {recipe.name}: {asked}: there are {', '.join(entries)}.{suggest(student or '', entries)}"
         )
-    chosen = entries[student]
-    return StudentOptions(**{key: getattr(chosen, key) for key in StudentOptions.model_fields})
+    return plain_options(entries[student], {})
+
+
+def plain_options(entry: StudentOptions, changes: dict[str, Any]) -> StudentOptions:
+    """The options of a recipe's entry without what only the recipe needs, and with `changes`."""
+    return StudentOptions(**({key: getattr(entry, key) for key in StudentOptions.model_fields} | changes))
 
 
 def _set(data: Any, key: str, value: Any) -> None:

@@ -2,11 +2,13 @@
 
 corpus → teacher → (augment) → dump → students, each from soft labels and (its twin) from hard labels alone → table.
 A recipe that pretrains its students does the first three once more before; of several teachers each has stages of its
-own as far as the dump, and their caches are combined. Everything lies in one folder:
+own as far as the dump, and their caches are combined. With assistants, each is trained from the cache before it and
+dumped as the teacher of the next. Everything lies in one folder:
 
     teacher/  augmented.jsonl  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
     pretrain/           its own teacher/, cache/ and student/
     teacher-1/          of several teachers the first one's teacher/, cache/ and cache-test/; the others likewise
+    assistants/NAME/    the assistant's run, student/, and its cache/; students/NAME-direct-seed0/ did without
     stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
     results.json        the table as data
 """
@@ -28,6 +30,7 @@ from softlabels.cache import open_cache
 from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
 from softlabels.config import (
+    ASSISTANT,
     BASE,
     PRETRAINED,
     TEACHER,
@@ -41,9 +44,9 @@ from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpu
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
-from softlabels.foresight import check_recipe
+from softlabels.foresight import check_recipe, shape_assistant
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
+from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice, plain_options
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
 from softlabels.types import NO_LABEL, Task
@@ -138,6 +141,9 @@ def run_recipe(
         starts = _Starts(base=recipe.teacher.model, teacher=teacher)
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
+        hops = _assistants(recipe, stages, corpora, first=cache, test=test, starts=starts, cpu=cpu)
+        if hops:
+            starts = replace(starts, assistant=hops[-1].run)
         results = [
             (
                 entry,
@@ -145,7 +151,8 @@ def run_recipe(
                     entry,
                     stages,
                     corpora,
-                    cache=cache,
+                    cache=hops[-1].cache if hops else cache,
+                    direct=cache,
                     test=test,
                     starts=starts,
                     pretrain=recipe.pretrain,
@@ -157,7 +164,8 @@ def run_recipe(
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
         if recipe.teachers:
             paid_once += sum(each.teacher.seconds for each in taught_by[1:]) + sum(e.cache.seconds for e in taught_by)
-        result = _table(recipe, out, results, cache, paid_once, stages.skipped)
+        paid_once += sum(hop.run.seconds + hop.cache.seconds for hop in hops)
+        result = _table(recipe, out, hops, results, cache, paid_once, stages.skipped)
         if recipe.teachers:
             result = replace(result, teacher_accuracies=[_accuracy(Path(each.test.path)) for each in taught_by])
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
@@ -184,14 +192,15 @@ class _Starts:
     base: str  # a model's name or folder
     teacher: _Made
     pretrained: _Made | None = None
+    assistant: _Made | None = None
 
 
 def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
-    if recipe.pretrain is not None:
-        check_options(recipe.pretrain.student)
+    for options in ([recipe.pretrain.student] if recipe.pretrain else []) + recipe.assistants:
+        check_options(options)
     check_recipe(recipe)
     if recipe.corpus.test is None and recipe.corpus.test_source is None:
         raise ConfigError(
@@ -374,7 +383,7 @@ def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teache
 
 
 def _stage(under: str, name: str) -> str:
-    return f"{under}-{name}" if under else name
+    return f"{under}-{name}".replace("/", "-") if under else name
 
 
 def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
@@ -394,28 +403,73 @@ def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
     return _Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """An assistant: its run, the cache that it was dumped to, and how it did itself."""
+
+    name: str
+    run: _Made
+    cache: _Made
+    evaluated: dict[str, Any]
+
+
+def _assistants(
+    recipe: Recipe, stages: _Stages, corpora: _Corpora, *, first: _Made, test: _Made, starts: _Starts, cpu: bool
+) -> list[_Hop]:
+    """From the teacher down, each trained from the cache of the one before and dumped to one of its own."""
+    hops: list[_Hop] = []
+    cache = first
+    for assistant in recipe.assistants:
+        shaped = shape_assistant(assistant, recipe, open_cache(Path(cache.path)).teacher_config())
+        options = _started(plain_options(assistant, {"options": shaped}), starts)
+        under = f"assistants/{assistant.name}"
+        run = stages.out / under / "student"
+        key = fingerprint([options.model_dump(), cache.key])
+        found = stages.run(
+            f"assistant-{assistant.name}",
+            key,
+            partial(_train, Path(cache.path), run, options, cpu=cpu),
+            makes=run / "run.json",
+        )
+        made = _Made(str(run), key, found["seconds"], found)
+        evaluated = stages.run(
+            f"evaluate-assistant-{assistant.name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
+        )
+        dumped = assistant.dump or recipe.dump
+        cache = _dump(dumped, stages, "cache", corpora, "transfer", teacher=made, cpu=cpu, under=under)
+        hops.append(_Hop(assistant.name, made, cache, evaluated | {"train_seconds": found["seconds"]}))
+        starts = replace(starts, assistant=made)
+    return hops
+
+
 def _student(
     entry: StudentEntry,
     stages: _Stages,
     corpora: _Corpora,
     *,
     cache: _Made,
+    direct: _Made,
     test: _Made,
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations of a student and of its hard-label twin, one a seed each."""
-    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
-    for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
+    """The evaluations of a student and of its twins, one a seed each.
+
+    'hard' learned from labels alone, 'direct' from the teacher's own cache and not from that of an assistant.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": [], "direct": []}
+    wanted = {"soft": True, "hard": entry.hard_twin, "direct": entry.direct_twin}
+    for kind in (kind for kind, asked in wanted.items() if asked):
+        source = direct if kind == "direct" else cache
         for seed in entry.seeds:
             options = _started(_options(entry, kind, seed, pretrain), starts)
             name = f"{entry.name}-{kind}-seed{seed}"
             run = stages.out / "students" / name
-            pretrained = starts.pretrained.key if starts.pretrained and kind == "soft" else None
-            key = fingerprint([options.model_dump(), cache.key, *([pretrained] if pretrained else [])])
+            pretrained = starts.pretrained.key if starts.pretrained and kind != "hard" else None
+            key = fingerprint([options.model_dump(), source.key, *([pretrained] if pretrained else [])])
             trained = stages.run(
-                f"train-{name}", key, partial(_train, Path(cache.path), run, options, cpu=cpu), makes=run / "run.json"
+                f"train-{name}", key, partial(_train, Path(source.path), run, options, cpu=cpu), makes=run / "run.json"
             )
             evaluated = stages.run(
                 f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
@@ -435,23 +489,23 @@ def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | 
         options = dict(entry.options)
         if options.get("init_from") == PRETRAINED and pretrain is not None:
             options = pretrain.student.options | {key: options[key] for key in options.keys() - _STARTS}
-        if options.get("init_from") == TEACHER:
+        if options.get("init_from") in (TEACHER, ASSISTANT):
             options["init_from"] = BASE
         changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
         changes["lr"] = entry.all_phases()[-1].lr  # the one at which it learns to answer
         changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
-    common = {name: getattr(entry, name) for name in StudentOptions.model_fields}
-    return StudentOptions(**(common | changes))
+    return plain_options(entry, changes)
 
 
 def _started(options: StudentOptions, starts: _Starts) -> StudentOptions:
     """`options` with the folder that `init_from` stands for."""
     start = options.options.get("init_from")
-    if start not in (BASE, TEACHER, PRETRAINED):
+    if start not in (BASE, TEACHER, PRETRAINED, ASSISTANT):
         return options
-    if start == PRETRAINED:
-        assert starts.pretrained is not None  # Recipe asks for it
-        folder = starts.pretrained.path
+    if start in (PRETRAINED, ASSISTANT):
+        made = starts.pretrained if start == PRETRAINED else starts.assistant
+        assert made is not None  # Recipe asks for it
+        folder = made.path
     else:
         folder = str(resolve_pretrained(starts.base if start == BASE else starts.teacher.path))
     return options.model_copy(update={"options": options.options | {"init_from": folder}})
@@ -477,30 +531,17 @@ def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
 def _table(
     recipe: Recipe,
     out: Path,
+    hops: list[_Hop],
     results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
     cache: _Made,
     teacher_seconds: float,
     skipped: int,
 ) -> RunResult:
-    rows = []
+    rows = [_row(f"assistant {hop.name}", [hop.evaluated], []) for hop in hops]
     for entry, found in results:
-        soft, hard = found["soft"], found["hard"]
-        rows.append(
-            Row(
-                student=entry.name,
-                seeds=len(soft),
-                parameters=soft[0]["parameters"],
-                bytes=round(mean(item["bytes"] for item in soft)),
-                accuracy_soft=mean(item["accuracy"] for item in soft),
-                macro_f1_soft=mean(item["macro_f1"] for item in soft),
-                accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
-                macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
-                agreement=mean(item["fidelity"]["agreement"] for item in soft),
-                ms=mean(item["latency"]["ms"] for item in soft),
-                times_faster=_mean_of_known([item["times_faster"] for item in soft]),
-                train_seconds=mean(item["train_seconds"] for item in soft),
-            )
-        )
+        rows.append(_row(entry.name, found["soft"], found["hard"]))
+        if found["direct"]:
+            rows.append(_row(f"{entry.name}, from the teacher", found["direct"], found["hard"]))
     every = [item for _, found in results for item in (*found["soft"], *found["hard"])]
     fidelity = every[0]["fidelity"]
     return RunResult(
@@ -515,6 +556,23 @@ def _table(
         cache_rows=cache.found["rows"],
         cache_bytes=cache.found["bytes"],
         skipped=skipped,
+    )
+
+
+def _row(name: str, soft: list[dict[str, Any]], hard: list[dict[str, Any]]) -> Row:
+    return Row(
+        student=name,
+        seeds=len(soft),
+        parameters=soft[0]["parameters"],
+        bytes=round(mean(item["bytes"] for item in soft)),
+        accuracy_soft=mean(item["accuracy"] for item in soft),
+        macro_f1_soft=mean(item["macro_f1"] for item in soft),
+        accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
+        macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
+        agreement=mean(item["fidelity"]["agreement"] for item in soft),
+        ms=mean(item["latency"]["ms"] for item in soft),
+        times_faster=_mean_of_known([item["times_faster"] for item in soft]),
+        train_seconds=mean(item["train_seconds"] for item in soft),
     )
 
 
