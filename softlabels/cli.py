@@ -134,12 +134,19 @@ def run_command(
 
 
 def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, cpu: bool) -> None:
-    from softlabels.recipes import read_recipe
+    from softlabels.recipes import FederatedRecipe, read_any_recipe
 
-    recipe = read_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
+    recipe = read_any_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
+    place = out or Path("runs") / recipe.name
+    if isinstance(recipe, FederatedRecipe):
+        from softlabels.federated import run_federation
+
+        parties = run_federation(recipe, out=place, say=_say, cpu=cpu)
+        _print_json(parties.to_dict()) if as_json else typer.echo(_federation_table(parties))
+        return
     from softlabels.run import run_recipe
 
-    result = run_recipe(recipe, out=out or Path("runs") / recipe.name, say=_say, cpu=cpu)
+    result = run_recipe(recipe, out=place, say=_say, cpu=cpu)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -1259,6 +1266,31 @@ def _evaluation_table(found) -> str:
     return f"{_columns(head, rows)}\n\n{_facts(facts)}"
 
 
+def _federation_table(result) -> str:
+    """The table of a federation, and the lines below it."""
+    head = ["party", "rows", "classes", "teacher", "alone", "together", "gain", "F1 alone", "F1 together"]
+    rows = [
+        [
+            row.party,
+            f"{row.rows:,}",
+            "/".join(str(count) for count in row.classes.values()) if len(row.classes) <= 6 else str(len(row.classes)),
+            *(f"{100 * value:.1f}" for value in (row.teacher_accuracy, row.alone_accuracy, row.accuracy)),
+            f"{100 * row.gain:+.1f}",
+            *(f"{100 * value:.1f}" for value in (row.alone_macro_f1, row.macro_f1)),
+        ]
+        for row in result.rows
+    ]
+    consensus = ", ".join(f"{100 * value:.1f}" for value in result.consensus_accuracy)
+    return (
+        f"{_columns(head, rows)}\n\n"
+        f"rows: labelled ones of its own, of each class so many; teacher: trained on these; alone: the student on "
+        f"these; together: the student on the consensus. Accuracy and macro-F1 in %; the mean gain is "
+        f"{100 * result.mean_gain:+.1f}.\n"
+        f"The consensus itself has {consensus}% (of each round), over {result.common_rows:,} common rows; "
+        f"{_size(result.shared_bytes)} of logits left the parties, and nothing else."
+    )
+
+
 def _recipe_table(result) -> str:
     """The table of a recipe, and the line below it."""
 
@@ -1313,7 +1345,10 @@ def _teachers_line(accuracies: Sequence[float | None], score: Callable[[float | 
     if not accuracies:
         return ""
     each = ", ".join(map(score, accuracies))
-    return f"teacher: what {len(accuracies)} say together; each by itself: {each}. Its size and times are the first one's.\n"
+    return (
+        f"teacher: what {len(accuracies)} say together; each by itself: {each}. Its size and times are the first "
+        f"one's.\n"
+    )
 
 
 def _cost_line(result) -> str:

@@ -140,6 +140,7 @@ LOSSES = (
     "kl",
     "reverse_kl",
     "mse_logits",
+    "mae_logits",
     "soft_cross_entropy",
     "ce",
     "jsd",

@@ -182,9 +182,8 @@ def _spec(shape: dict[str, Any], config: dict[str, Any], task: Task, dump: DumpO
 
 def _known(depth: int | None, folder: Path | None) -> int:
     if depth is None:
-        raise ConfigError(
-            f"{'the assistant' if folder is None else folder / 'config.json'} does not say how many layers the teacher has"
-        )
+        where = "the assistant" if folder is None else folder / "config.json"
+        raise ConfigError(f"{where} does not say how many layers the teacher has")
     return depth
 
 

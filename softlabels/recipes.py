@@ -124,7 +124,7 @@ class Recipe(Strict):
     augment: AugmentOptions | None = None  # what the teacher labels for the students is made larger first
     pretrain: Pretraining | None = None
     # each learns from the one before it, the first from the teacher; the students learn from the last
-    assistants: list[Assistant] = []
+    assistants: list[Assistant] = Field(default=[])
     students: list[StudentEntry] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -199,6 +199,99 @@ class Recipe(Strict):
         return self
 
 
+class Parties(Strict):
+    """How the labelled rows of a corpus are divided among the parties of a federation: see `softlabels.parties`."""
+
+    count: int = Field(ge=2, le=1000)
+    skew: float = Field(default=0.5, gt=0)  # concentration of the Dirichlet distribution: smaller is more uneven
+    rows: int | None = Field(default=None, ge=4)  # labelled ones that each has, at the most
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class FederatedCorpus(Strict):
+    """What the parties hold of their own, what they have in common, and what all are tested on."""
+
+    source: str
+    train: str | None = None  # the split whose labelled rows are divided among the parties
+    common: str | None = None  # the split that all know; its labels are not looked at
+    common_source: str | None = None  # another file for that
+    test: str | None = None
+    test_source: str | None = None
+    text: str | None = None
+    label: str | None = None
+    rows: int | None = Field(default=None, ge=1)  # of train and of common
+
+    @model_validator(mode="after")
+    def _says_what_is_common(self) -> FederatedCorpus:
+        if self.common is None and self.common_source is None:
+            raise ValueError("say what all parties know: common (a split) or common_source (a file)")
+        if self.test is None and self.test_source is None:
+            raise ValueError("say what to test on: test (a split) or test_source (a file)")
+        return self
+
+
+class FederatedRecipe(Strict):
+    """Parties that tell each other logits on a common corpus, and nothing else: FedMD, FedDF.
+
+    Every party trains a `teacher` on rows of its own and dumps its logits on the common corpus; the caches are combined,
+    and every party's `student` learns from the consensus. With `revisit` it then goes on, on the party's own labels (FedMD's
+    'revisit'); of several `rounds` that is the party's teacher in the next.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    corpus: FederatedCorpus
+    parties: Parties
+    teacher: TeacherChoice
+    dump: DumpOptions = DumpOptions()
+    combine: CombineOptions = CombineOptions()
+    student: StudentOptions
+    hard_epochs: int | None = Field(default=None, ge=1)  # of the same student on the party's own labels alone
+    revisit: TeacherTraining | None = None
+    rounds: int = Field(default=1, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _fits(self) -> FederatedRecipe:
+        if self.teacher.train is None:
+            raise ValueError("each party trains a teacher on its own rows: say how with teacher.train")
+        for name, training in (("teacher.train", self.teacher.train), ("revisit", self.revisit)):
+            if training is not None and training.task != "sequence-classification":
+                raise ValueError(f"{name}: parties agree on classes, so its task is sequence-classification")
+        if self.dump.capture not in ([], ["logits"]):
+            raise ValueError("parties tell each other logits alone: leave other captures out of 'dump'")
+        if self.combine.keep or self.combine.choose == "label":
+            raise ValueError(
+                "the common rows have no labels, and no party's logits are handed on: leave out "
+                "combine.keep and combine.choose: label"
+            )
+        if self.combine.weights is not None and len(self.combine.weights) != self.parties.count:
+            raise ValueError(
+                f"combine.weights has {len(self.combine.weights)} numbers for {self.parties.count} parties"
+            )
+        if self.student.options.get("init_from") in (TEACHER, PRETRAINED, ASSISTANT):
+            raise ValueError(
+                f"student: init_from: {self.student.options['init_from']} is no model that all parties have"
+            )
+        if "ce" in self.student.loss_names():
+            raise ValueError(
+                "the common rows have no labels: leave loss 'ce' out; 'revisit' is for a party's own labels"
+            )
+        if self.revisit is not None and self.student.student != "transformer":
+            raise ValueError(
+                f"'revisit' fine-tunes a student as a teacher is, so it must be a transformer; not "
+                f"{self.student.student}"
+            )
+        if self.rounds > 1 and self.revisit is None:
+            raise ValueError(
+                "in a second round the parties' students teach, after some training on their own rows: say "
+                "how with 'revisit'"
+            )
+        return self
+
+
+AnyRecipe = Recipe | FederatedRecipe
+
+
 def recipes_folder() -> Path:
     """Where the recipes lie: inside the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "pipeline"
@@ -218,7 +311,18 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`)."""
+    """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`).
+
+    ConfigError for a federation, which is no such recipe.
+    """
+    recipe = read_any_recipe(name, changes=changes)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe {recipe.name} is a federation of parties: softlabels run takes it")
+    return recipe
+
+
+def read_any_recipe(name: str, *, changes: Sequence[str] = ()) -> AnyRecipe:
+    """The recipe `name`, of whatever kind its keys say it is: `parties` has a federation."""
     path = find_recipe(name)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -232,7 +336,8 @@ def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     for key, value in parse_options(changes).items():
         _set(data, key, value)
-    return build_options(Recipe, data, where=f"recipe {path}")
+    kind = FederatedRecipe if "parties" in data else Recipe
+    return build_options(kind, data, where=f"recipe {path}")
 
 
 def student_of_recipe(name: str, student: str | None) -> StudentOptions:

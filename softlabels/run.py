@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -47,6 +46,7 @@ from softlabels.evaluate import evaluate
 from softlabels.foresight import check_recipe, shape_assistant
 from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice, plain_options
+from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
 from softlabels.types import NO_LABEL, Task
@@ -92,30 +92,6 @@ class RunResult:
         return asdict(self)
 
 
-class _Stages:
-    """The folder of a recipe's run, and which of its stages are done."""
-
-    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
-        self.out, self.say, self.skipped = out, say, 0
-
-    def run(
-        self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, makes: Path | None = None
-    ) -> dict[str, Any]:
-        """The result of stage `name`: remembered where its inputs are the same and what it `makes` is there."""
-        place, key = self.out / "stages" / f"{name}.json", fingerprint(inputs)
-        before = _read_json(place)
-        if before is not None and before.get("fingerprint") == key and (makes is None or makes.exists()):
-            self.skipped += 1
-            return before["result"]
-        self.say(f"{name} …")
-        started = time.monotonic()
-        result = work()
-        # an interrupted stage that went on later counts all of its time where it kept count itself
-        result.setdefault("seconds", time.monotonic() - started)
-        write_file(place, json.dumps({"fingerprint": key, "result": result}, sort_keys=True, indent=1).encode())
-        return result
-
-
 def run_recipe(
     recipe: Recipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False
 ) -> RunResult:
@@ -123,7 +99,7 @@ def run_recipe(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        stages = _Stages(out, say)
+        stages = Stages(out, say)
         corpora = _Corpora(recipe.corpus, recipe.teacher)
         _check(recipe, corpora)
         under = "teacher-1" if recipe.teachers else ""
@@ -172,16 +148,6 @@ def run_recipe(
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What a stage made: where it lies, a fingerprint of all that it follows from, and the seconds it took."""
-
-    path: str
-    key: str
-    seconds: float
-    found: dict[str, Any]
-
-
 _STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
 
 
@@ -190,9 +156,9 @@ class _Starts:
     """What a student's `init_from` may name."""
 
     base: str  # a model's name or folder
-    teacher: _Made
-    pretrained: _Made | None = None
-    assistant: _Made | None = None
+    teacher: Made
+    pretrained: Made | None = None
+    assistant: Made | None = None
 
 
 def _check(recipe: Recipe, corpora: _Corpora) -> None:
@@ -272,10 +238,10 @@ def _state_of(model: str) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _teacher(choice: TeacherChoice, stages: _Stages, corpora: _Corpora, *, cpu: bool, under: str = "") -> _Made:
+def _teacher(choice: TeacherChoice, stages: Stages, corpora: _Corpora, *, cpu: bool, under: str = "") -> Made:
     """The teacher: as it is, or fine-tuned."""
     if choice.train is None:
-        return _Made(choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0, {})
+        return Made(choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0, {})
     key = fingerprint([choice.model_dump(), _state_of(choice.model), corpora.key("train")])
     out = stages.out / under / "teacher"
     options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}), device="cpu" if cpu else None)
@@ -285,20 +251,20 @@ def _teacher(choice: TeacherChoice, stages: _Stages, corpora: _Corpora, *, cpu: 
         return {"seconds": report.seconds}
 
     found = stages.run(_stage(under, "teacher"), key, work, makes=out / "config.json")
-    return _Made(str(out), key, found["seconds"], found)
+    return Made(str(out), key, found["seconds"], found)
 
 
 def _dump(
     options: DumpOptions,
-    stages: _Stages,
+    stages: Stages,
     name: str,
     corpora: _Corpora,
     use: str,
     *,
-    teacher: _Made,
+    teacher: Made,
     cpu: bool,
     under: str = "",
-) -> _Made:
+) -> Made:
     out = stages.out / under / name
     key = fingerprint([teacher.key, corpora.key(use), options.model_dump()])
 
@@ -307,16 +273,16 @@ def _dump(
         return {"rows": report.rows, "bytes": report.bytes, "truncated": report.truncated}
 
     found = stages.run(_stage(under, name), key, work, makes=out / "manifest.json")
-    return _Made(str(out), key, found["seconds"], found)
+    return Made(str(out), key, found["seconds"], found)
 
 
 @dataclass(frozen=True, slots=True)
 class _Taught:
     """One of several teachers, and what it said."""
 
-    teacher: _Made
-    cache: _Made
-    test: _Made
+    teacher: Made
+    cache: Made
+    test: Made
 
 
 def _own_corpora(recipe: Recipe, number: int, corpora: _Corpora) -> _Corpora:
@@ -327,7 +293,7 @@ def _own_corpora(recipe: Recipe, number: int, corpora: _Corpora) -> _Corpora:
     return _Corpora(choice.corpus or recipe.corpus, choice)
 
 
-def _others(recipe: Recipe, number: int, stages: _Stages, corpora: _Corpora, *, cpu: bool) -> _Taught:
+def _others(recipe: Recipe, number: int, stages: Stages, corpora: _Corpora, *, cpu: bool) -> _Taught:
     """Of several teachers one that is not the first: it says of the same rows what it thinks."""
     choice, under = recipe.teachers[number], f"teacher-{number + 1}"
     teacher = _teacher(choice, stages, _own_corpora(recipe, number, corpora), cpu=cpu, under=under)
@@ -335,11 +301,11 @@ def _others(recipe: Recipe, number: int, stages: _Stages, corpora: _Corpora, *, 
     return _Taught(teacher, dumped("cache", corpora, "transfer"), dumped("cache-test", corpora, "test"))
 
 
-def _combine(recipe: Recipe, stages: _Stages, taught_by: list[_Taught]) -> tuple[_Made, _Made]:
+def _combine(recipe: Recipe, stages: Stages, taught_by: list[_Taught]) -> tuple[Made, Made]:
     """The caches of what all teachers say together: of the transfer rows, and of the test's."""
     options = recipe.combine_options()
 
-    def combined(name: str, parts: list[_Made], options: CombineOptions) -> _Made:
+    def combined(name: str, parts: list[Made], options: CombineOptions) -> Made:
         out, key = stages.out / name, fingerprint([options.model_dump(), *(part.key for part in parts)])
 
         def work() -> dict[str, Any]:
@@ -348,7 +314,7 @@ def _combine(recipe: Recipe, stages: _Stages, taught_by: list[_Taught]) -> tuple
             return {"rows": report.rows, "bytes": report.bytes}
 
         found = stages.run(name, key, work, makes=out / "manifest.json")
-        return _Made(str(out), key, found["seconds"], found)
+        return Made(str(out), key, found["seconds"], found)
 
     blind = options  # a teacher that is chosen by the label of a test row would have looked at the answer
     if options.choose == "label":
@@ -367,7 +333,7 @@ def _accuracy(cache: Path) -> float | None:
     return float(right[rows].mean()) if rows.any() else None
 
 
-def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teacher: _Made, *, cpu: bool) -> None:
+def _augment(options: AugmentOptions, stages: Stages, corpora: _Corpora, teacher: Made, *, cpu: bool) -> None:
     """A larger transfer set takes the place of the recipe's."""
     file = stages.out / "augmented.jsonl"
 
@@ -386,7 +352,7 @@ def _stage(under: str, name: str) -> str:
     return f"{under}-{name}".replace("/", "-") if under else name
 
 
-def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
+def _pretrain(recipe: Pretraining, stages: Stages, *, cpu: bool) -> Made:
     """The student of an earlier distillation; its seconds are those of everything that it took."""
     under = "pretrain"
     tuning = recipe.teacher.train
@@ -400,7 +366,7 @@ def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
     key = fingerprint([options.model_dump(), cache.key])
     work = partial(_train, Path(cache.path), run, options, cpu=cpu)
     found = stages.run(_stage(under, "student"), key, work, makes=run / "run.json")
-    return _Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
+    return Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,13 +374,13 @@ class _Hop:
     """An assistant: its run, the cache that it was dumped to, and how it did itself."""
 
     name: str
-    run: _Made
-    cache: _Made
+    run: Made
+    cache: Made
     evaluated: dict[str, Any]
 
 
 def _assistants(
-    recipe: Recipe, stages: _Stages, corpora: _Corpora, *, first: _Made, test: _Made, starts: _Starts, cpu: bool
+    recipe: Recipe, stages: Stages, corpora: _Corpora, *, first: Made, test: Made, starts: _Starts, cpu: bool
 ) -> list[_Hop]:
     """From the teacher down, each trained from the cache of the one before and dumped to one of its own."""
     hops: list[_Hop] = []
@@ -431,7 +397,7 @@ def _assistants(
             partial(_train, Path(cache.path), run, options, cpu=cpu),
             makes=run / "run.json",
         )
-        made = _Made(str(run), key, found["seconds"], found)
+        made = Made(str(run), key, found["seconds"], found)
         evaluated = stages.run(
             f"evaluate-assistant-{assistant.name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
         )
@@ -444,12 +410,12 @@ def _assistants(
 
 def _student(
     entry: StudentEntry,
-    stages: _Stages,
+    stages: Stages,
     corpora: _Corpora,
     *,
-    cache: _Made,
-    direct: _Made,
-    test: _Made,
+    cache: Made,
+    direct: Made,
+    test: Made,
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
@@ -533,7 +499,7 @@ def _table(
     out: Path,
     hops: list[_Hop],
     results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
-    cache: _Made,
+    cache: Made,
     teacher_seconds: float,
     skipped: int,
 ) -> RunResult:
@@ -579,10 +545,3 @@ def _row(name: str, soft: list[dict[str, Any]], hard: list[dict[str, Any]]) -> R
 def _mean_of_known(figures: list[float | None]) -> float | None:
     known = [figure for figure in figures if figure is not None]
     return mean(known) if known else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
