@@ -42,6 +42,10 @@ _PUBLIC = {
     "import_logits": "softlabels.imports",
     "ImportOptions": "softlabels.config",
     "open_cache": "softlabels.cache",
+    "combine": "softlabels.cache.combine",
+    "concatenate": "softlabels.cache.concatenate",
+    "open_combined": "softlabels.cache.combined",
+    "CombineOptions": "softlabels.config",
     "train_student": "softlabels.train",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
@@ -53,7 +57,11 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from softlabels.augment import augment as augment
     from softlabels.cache import open_cache as open_cache
+    from softlabels.cache.combine import combine as combine
+    from softlabels.cache.combined import open_combined as open_combined
+    from softlabels.cache.concatenate import concatenate as concatenate
     from softlabels.config import AugmentOptions as AugmentOptions
+    from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import StudentOptions as StudentOptions

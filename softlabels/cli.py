@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from typer.exceptions import TyperException
 from softlabels.errors import ConfigError, SoftlabelsError
 
 if TYPE_CHECKING:
+    from softlabels.config import CombineOptions
     from softlabels.corpus import Corpus
 
 app = typer.Typer(
@@ -55,6 +56,23 @@ Label = Annotated[
 Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
 Json = Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="of several teachers: the mean of their logits (by default) or of their probabilities, or the median of "
+        "their logits"
+    ),
+]
+Weights = Annotated[
+    str | None, typer.Option(metavar="W,W,...", help="of the means: a number for each cache, e.g. 2,1,1")
+]
+Choose = Annotated[
+    str | None,
+    typer.Option(
+        help="instead of a mean, for each row one teacher's logits: of the surest of the row's label (label; rows "
+        "without one take the mean), or of the surest of all (entropy)"
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="run the Python code that the model brings; only for models you trust"),
@@ -116,12 +134,19 @@ def run_command(
 
 
 def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, cpu: bool) -> None:
-    from softlabels.recipes import read_recipe
+    from softlabels.recipes import FederatedRecipe, read_any_recipe
 
-    recipe = read_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
+    recipe = read_any_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
+    place = out or Path("runs") / recipe.name
+    if isinstance(recipe, FederatedRecipe):
+        from softlabels.federated import run_federation
+
+        parties = run_federation(recipe, out=place, say=_say, cpu=cpu)
+        _print_json(parties.to_dict()) if as_json else typer.echo(_federation_table(parties))
+        return
     from softlabels.run import run_recipe
 
-    result = run_recipe(recipe, out=out or Path("runs") / recipe.name, say=_say, cpu=cpu)
+    result = run_recipe(recipe, out=place, say=_say, cpu=cpu)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -652,6 +677,94 @@ def import_command(
     _finish(report, as_json)
 
 
+@app.command(
+    "combine",
+    epilog="Examples:  softlabels combine cache-a cache-b cache-c --out cache --mean probabilities --weights 2,1,1 "
+    "  |   softlabels combine party-1 party-2 --out consensus --keep   |   "
+    "softlabels combine cache-a cache-b --out cache --choose label   |   "
+    "softlabels combine part-1 part-2 part-3 --out whole --rows",
+)
+def combine_command(
+    caches: Annotated[list[Path], typer.Argument(metavar="CACHE CACHE ...", help="two caches or more")],
+    out: Annotated[Path, typer.Option(help="the cache of all; an unfinished one goes on")],
+    mean: Mean = None,
+    weights: Weights = None,
+    choose: Choose = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="each teacher's logits too, as fields logits.01, logits.02, …")
+    ] = False,
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows",
+            help="instead: the caches are parts of one corpus, dumped alike with one teacher; their rows are put one "
+            "after the other, with all their fields",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """One cache of several: what their teachers say together, or all their rows.
+
+    Rows are joined by id and token hash; where tokenizers differ, by id and text. Those that all caches have are kept,
+    in the order of the first, whose texts, labels and tokenizer the result has. Classes are joined by name. The mean
+    of probabilities is stored as its logarithm: it is that mean at temperature 1. The mean of logits is the geometric
+    mean of the probabilities, at every temperature.
+    """
+    options = _combine_options(mean, weights, choose, keep=keep, where="combine")
+    if rows and options.model_fields_set:
+        raise ConfigError(f"--rows mixes nothing, so it takes no {_OPTION[min(options.model_fields_set)]}")
+    from softlabels.cache.combine import combine
+    from softlabels.cache.concatenate import concatenate
+
+    report = concatenate(caches, out=out) if rows else combine(caches, out=out, options=options)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        typer.echo(_combine_table(report))
+
+
+_OPTION = {"mean": "--mean", "weights": "--weights", "choose": "--choose", "keep": "--keep"}
+
+
+def _combine_options(
+    mean: str | None, weights: str | None, choose: str | None, *, keep: bool = False, where: str
+) -> CombineOptions:
+    from softlabels.config import CombineOptions, build_options
+
+    given: dict[str, Any] = {"mean": mean, "choose": choose, "keep": keep or None}
+    if weights is not None:
+        try:
+            given["weights"] = [float(part) for part in weights.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--weights {weights}: give numbers separated by commas, one a cache, e.g. 2,1,1"
+            ) from None
+    return build_options(CombineOptions, {key: value for key, value in given.items() if value is not None}, where=where)
+
+
+def _combine_table(report) -> str:
+    if report.how == "rows":
+        head, rows = ["cache", "teacher", "rows"], [[str(c.cache), c.teacher, f"{c.rows:,}"] for c in report.caches]
+    else:
+        head = ["cache", "teacher", "weight", "rows", "shared with the first", "lacks", "left out"]
+        rows = [
+            [
+                str(share.cache),
+                share.teacher,
+                "–" if share.weight is None else f"{share.weight:.3g}",
+                *(f"{count:,}" for count in (share.rows, share.shared, share.lacks, share.left_out)),
+            ]
+            for share in report.caches
+        ]
+    joined = sorted({share.joined_by for share in report.caches if share.joined_by})
+    facts = {
+        "how": report.how + (f", choosing by {report.choose}" if report.choose else ""),
+        "rows joined by": "; ".join(joined) or None,
+        **{name: getattr(report, name) for name in ("cache", "rows", "new_rows", "fields", "seconds", "bytes")},
+    }
+    return f"{_columns(head, rows)}\n\n{_facts(facts)}"
+
+
 @app.command(epilog="Example:  softlabels info cache")
 def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json = False) -> None:
     """What a cache holds, from what, how large."""
@@ -834,11 +947,17 @@ def _verdict(verdict) -> str:
 
 @app.command(
     "train-student",
-    epilog="Example:  softlabels train-student cache --student bilstm --out runs/bilstm "
-    "--loss kl=0.7 --loss ce=0.3 --temperature 3",
+    epilog="Examples:  softlabels train-student cache --student bilstm --out runs/bilstm "
+    "--loss kl=0.7 --loss ce=0.3 --temperature 3   |   softlabels train-student cache-a cache-b cache-c --mean "
+    "probabilities --student bilstm --out runs/taught-by-three",
 )
 def train_student_command(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    caches: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CACHE ...", help="a cache, or several: then what their teachers say together, as combine has it"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
     student: Annotated[
         str | None,
@@ -893,12 +1012,15 @@ def train_student_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
+    mean: Mean = None,
+    weights: Weights = None,
+    choose: Choose = None,
     text: Text = None,
     label: Label = None,
     as_json: Json = False,
     cpu: Cpu = False,
 ) -> None:
-    """STAGE 2: train a student from a cache."""
+    """STAGE 2: train a student from a cache, or from several at once."""
     from softlabels.config import StudentOptions, build_options, parse_losses, parse_options
     from softlabels.errors import ConfigError
     from softlabels.recipes import student_of_recipe
@@ -929,11 +1051,15 @@ def train_student_command(
         default = {"losses": {"mse_logits": 1.0}} if student == "linear" else {}
         values = default | given | {"student": student, "options": chosen}
     options = build_options(StudentOptions, values, where="train-student")
+    combining = _combine_options(mean, weights, choose, where="train-student")
+    if len(caches) == 1 and combining.model_fields_set:
+        raise ConfigError(f"{_OPTION[min(combining.model_fields_set)]} combines several caches, and one is given")
     from softlabels.cache import open_cache
+    from softlabels.cache.combined import open_combined
     from softlabels.corpus import read_corpus
     from softlabels.train import train_student
 
-    opened = open_cache(cache)
+    opened = open_cache(caches[0]) if len(caches) == 1 else open_combined(caches, combining)
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
     _finish(report, as_json)
@@ -1140,6 +1266,31 @@ def _evaluation_table(found) -> str:
     return f"{_columns(head, rows)}\n\n{_facts(facts)}"
 
 
+def _federation_table(result) -> str:
+    """The table of a federation, and the lines below it."""
+    head = ["party", "rows", "classes", "teacher", "alone", "together", "gain", "F1 alone", "F1 together"]
+    rows = [
+        [
+            row.party,
+            f"{row.rows:,}",
+            "/".join(str(count) for count in row.classes.values()) if len(row.classes) <= 6 else str(len(row.classes)),
+            *(f"{100 * value:.1f}" for value in (row.teacher_accuracy, row.alone_accuracy, row.accuracy)),
+            f"{100 * row.gain:+.1f}",
+            *(f"{100 * value:.1f}" for value in (row.alone_macro_f1, row.macro_f1)),
+        ]
+        for row in result.rows
+    ]
+    consensus = ", ".join(f"{100 * value:.1f}" for value in result.consensus_accuracy)
+    return (
+        f"{_columns(head, rows)}\n\n"
+        f"rows: labelled ones of its own, of each class so many; teacher: trained on these; alone: the student on "
+        f"these; together: the student on the consensus. Accuracy and macro-F1 in %; the mean gain is "
+        f"{100 * result.mean_gain:+.1f}.\n"
+        f"The consensus itself has {consensus}% (of each round), over {result.common_rows:,} common rows; "
+        f"{_size(result.shared_bytes)} of logits left the parties, and nothing else."
+    )
+
+
 def _recipe_table(result) -> str:
     """The table of a recipe, and the line below it."""
 
@@ -1183,9 +1334,20 @@ def _recipe_table(result) -> str:
         else f"the teacher has {result.teacher_parameters:,} parameters and takes {result.teacher_ms:.1f} ms a text"
     )
     return (
-        f"{_columns(head, rows)}\n\n"
+        f"{_columns(head, rows)}\n\n{_teachers_line(result.teacher_accuracies, score)}"
         f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
         f"{speed}.\n{_cost_line(result)}"
+    )
+
+
+def _teachers_line(accuracies: Sequence[float | None], score: Callable[[float | None], str]) -> str:
+    """Of several teachers what each one's accuracy is."""
+    if not accuracies:
+        return ""
+    each = ", ".join(map(score, accuracies))
+    return (
+        f"teacher: what {len(accuracies)} say together; each by itself: {each}. Its size and times are the first "
+        f"one's.\n"
     )
 
 

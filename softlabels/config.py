@@ -140,6 +140,7 @@ LOSSES = (
     "kl",
     "reverse_kl",
     "mse_logits",
+    "mae_logits",
     "soft_cross_entropy",
     "ce",
     "jsd",
@@ -328,6 +329,33 @@ class ImportOptions(Strict):
         if value is not None and (len(value) < 2 or len(set(value)) < len(value) or not all(value)):
             raise ValueError("name two classes or more, all different, in the order of the logits: no,yes")
         return value
+
+
+class CombineOptions(Strict):
+    """How the logits of several teachers become one's; see `softlabels.cache.mixing`."""
+
+    mean: Literal["logits", "probabilities", "median"] = "logits"
+    weights: list[Annotated[float, Field(gt=0)]] | None = None  # one a cache, in their order; None: all the same
+    choose: Literal["label", "entropy"] | None = None  # one teacher's logits for each row instead of a mean
+    keep: bool = False  # each teacher's logits too, as fields logits.01, logits.02, …
+
+    @model_validator(mode="after")
+    def _fits(self) -> CombineOptions:
+        if self.weights is not None and self.mean == "median":
+            raise ValueError("a median has no weights: leave them out, or take the mean of logits or of probabilities")
+        if self.weights is not None and self.choose == "entropy":
+            raise ValueError("the teacher of least entropy is taken as it is: weights have no say in it")
+        return self
+
+    def shares(self, count: int) -> list[float]:
+        """The weights of `count` caches, of sum 1; ConfigError where another number was given."""
+        weights = self.weights or [1.0] * count
+        if len(weights) != count:
+            raise ConfigError(
+                f"{len(weights)} weights ({', '.join(f'{weight:g}' for weight in weights)}) for {count} caches: give "
+                f"one for each cache, in their order"
+            )
+        return [weight / sum(weights) for weight in weights]
 
 
 class LossTerm(Strict):
@@ -589,7 +617,8 @@ class TeacherTraining(Strict):
     options: dict[str, Any] = {}  # with from_scratch: sizes, as of the transformer student
 
 
-BASE, TEACHER, PRETRAINED = "base", "teacher", "pretrained"  # what a recipe's `init_from` may say beside a folder
+# what a recipe's `init_from` may say beside a folder
+BASE, TEACHER, PRETRAINED, ASSISTANT = "base", "teacher", "pretrained", "assistant"
 
 
 # -------------------------------------------------------------------------------------------------- reading options

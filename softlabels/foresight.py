@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 from softlabels.captures import parse_captures, resolve_layers
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
-from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, StudentOptions
+from softlabels.config import ASSISTANT, BASE, PRETRAINED, TEACHER, DumpOptions, StudentOptions
 from softlabels.errors import ConfigError, StudentError, TeacherError
 from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import Pretraining, Recipe, TeacherChoice
+from softlabels.recipes import Assistant, Pretraining, Recipe, TeacherChoice, plain_options
 from softlabels.students import LINEAR, StudentSpec, count_layers
+from softlabels.students.shapes import read_shape
 from softlabels.teacher import teacher_task
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field
 
@@ -34,40 +36,101 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.pretrain is not None:
         first = recipe.pretrain
-        with _naming("pretrain"):
-            _check_student(first.student, first.dump, first.teacher, None)
+        with _naming("student 'pretrain'"):
+            _check_student(first.student, _seen(first.teacher, first.dump), None)
+    seen = _seen(recipe.teacher, recipe.dump)
+    last = seen
+    for assistant in recipe.assistants:
+        with _naming(f"assistant '{assistant.name}'"):
+            last = _check_assistant(assistant, recipe, last)
     for entry in recipe.students:
-        with _naming(entry.name):
-            _check_student(entry, recipe.dump, recipe.teacher, recipe.pretrain)
+        with _naming(f"student '{entry.name}'"):
+            _check_student(entry, last, recipe.pretrain)
+            if entry.direct_twin:
+                _check_student(entry, seen, recipe.pretrain)
+
+
+def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any]) -> dict[str, Any]:
+    """The options of an assistant of a `teacher` (its config.json): its own, over the rule's where they say no shape.
+
+    The rule is MiniLM's: as deep as the teacher, and otherwise as the first student that is a transformer.
+    """
+    own = assistant.options
+    if own.keys() & {"preset", "config", "init_from"}:
+        return own
+    models = [entry.options for entry in recipe.students if entry.student == "transformer"]
+    shapes = [{key: value for key, value in model.items() if not key.startswith("init_")} for model in models]
+    shapes = [shape for shape in shapes if shape and "config" not in shape]
+    depth = layers_of(teacher)
+    if not own.keys() & {"hidden_size", "d_model", "dim"} and not shapes:
+        raise ConfigError(
+            "it would be as wide as the recipe's first transformer, and no student says how wide that is: give its "
+            "options, such as {layers: 6, hidden_size: 128}"
+        )
+    if not own.keys() & {"layers", "num_hidden_layers"} and depth is None:
+        raise ConfigError("it would be as deep as its teacher, which does not say how deep that is: give option layers")
+    shape = {} if own.keys() & {"hidden_size", "d_model", "dim"} else dict(shapes[0])
+    for name in ("layers", "num_hidden_layers"):
+        shape.pop(name, None)
+    if not own.keys() & {"layers", "num_hidden_layers"}:
+        shape["layers"] = depth
+    return shape | own
 
 
 @contextmanager
-def _naming(student: str) -> Iterator[None]:
-    """Faults inside name the student."""
+def _naming(model: str) -> Iterator[None]:
+    """Faults inside name the model."""
     try:
         yield
     except (ConfigError, StudentError) as error:
-        raise type(error)(f"student '{student}': {error}") from None
+        raise type(error)(f"{model}: {error}") from None
 
 
-def _check_student(
-    options: StudentOptions, dump: DumpOptions, teacher: TeacherChoice, pretrain: Pretraining | None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is known of a cache that is still to be dumped."""
+
+    dump: DumpOptions
+    config: dict[str, Any]  # the config.json of the teacher that it is dumped from
+    task: Task
+    folder: Path | None  # the first teacher's, or what it is tuned from; None of an assistant's
+
+
+def _seen(teacher: TeacherChoice, dump: DumpOptions) -> _Seen | None:
     folder = _folder(teacher)
     if folder is None:
-        return
+        return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     task = teacher.train.task if teacher.train is not None else teacher_task(str(folder), dump.task)
-    depth = layers_of(config)
-    shape = _shape(options, folder, pretrain)
+    return _Seen(dump, config, task, folder)
+
+
+def _check_assistant(assistant: Assistant, recipe: Recipe, seen: _Seen | None) -> _Seen | None:
+    """The assistant as a student of what was `seen`; what will be seen of its own cache."""
+    if seen is None:
+        return None
+    shaped = plain_options(assistant, {"options": shape_assistant(assistant, recipe, seen.config)})
+    _check_student(shaped, seen, recipe.pretrain)
+    shape = None if seen.folder is None else _shape(shaped, seen.folder, recipe.pretrain)
+    if shape is None or shape.get("init_from") == ASSISTANT:
+        return None
+    config = read_shape(_spec(shape, seen.config, seen.task, seen.dump)).config
+    return _Seen(assistant.dump or recipe.dump, config.to_dict(), seen.task, None)
+
+
+def _check_student(options: StudentOptions, seen: _Seen | None, pretrain: Pretraining | None) -> None:
+    if seen is None:
+        return
+    shape = _shape(options, seen.folder, pretrain)
     if shape is None:
         return
+    dump, config, task, depth = seen.dump, seen.config, seen.task, layers_of(seen.config)
     layers = None
     if options.student != LINEAR:
         layers = count_layers(options.student, _spec(shape, config, task, dump))
     requests = resolve_layers(choose_captures(parse_captures(dump.capture), task), layers=depth)
     for phase in write_out(options.all_phases(), student_layers=layers, teacher_layers=depth):
-        terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, folder))
+        terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, seen.folder))
         refuse_lacking(terms, _fields(requests), config, language=task in LANGUAGE_MODELS)
 
 
@@ -81,12 +144,14 @@ def _folder(teacher: TeacherChoice) -> Path | None:
         return None
 
 
-def _shape(options: StudentOptions, teacher: Path, pretrain: Pretraining | None) -> dict[str, Any] | None:
+def _shape(options: StudentOptions, teacher: Path | None, pretrain: Pretraining | None) -> dict[str, Any] | None:
     """The options that a student has its layers from, `init_from` a folder that is there; None where none is."""
     own = options.options
     start = own.get("init_from")
+    if start == ASSISTANT:
+        return None
     if start in (BASE, TEACHER):  # a tuned teacher has the layers of what it was tuned from
-        return own | {"init_from": str(teacher)}
+        return None if teacher is None else own | {"init_from": str(teacher)}
     if start != PRETRAINED:
         return own
     assert pretrain is not None  # Recipe asks for it
@@ -115,9 +180,10 @@ def _spec(shape: dict[str, Any], config: dict[str, Any], task: Task, dump: DumpO
     )
 
 
-def _known(depth: int | None, folder: Path) -> int:
+def _known(depth: int | None, folder: Path | None) -> int:
     if depth is None:
-        raise ConfigError(f"{folder / 'config.json'} does not say how many layers the teacher has")
+        where = "the assistant" if folder is None else folder / "config.json"
+        raise ConfigError(f"{where} does not say how many layers the teacher has")
     return depth
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from softlabels.config import (
+    ASSISTANT,
     BASE,
     PRETRAINED,
     TEACHER,
     AugmentOptions,
+    CombineOptions,
     DumpOptions,
     Strict,
     StudentOptions,
@@ -50,13 +52,43 @@ class TeacherChoice(Strict):
     train: TeacherTraining | None = None
 
 
+class EnsembleTeacher(TeacherChoice):
+    """One teacher of several; what they say together teaches the students.
+
+    `corpus` is what it is trained on where that isn't the recipe's: the rows that a federated party keeps to itself.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    corpus: CorpusChoice | None = None
+
+
 class StudentEntry(StudentOptions):
     """One student of a recipe; with `hard_twin`, the same student on hard labels alone is trained beside it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     hard_twin: bool = True
     hard_epochs: int | None = Field(default=None, ge=1)  # the twin sees fewer rows, and may need more epochs
+    direct_twin: bool = False  # with assistants: the same student, from the teacher's own cache, beside it
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
+
+
+class Assistant(StudentOptions):
+    """A model between the teacher and the students: it learns from the cache before it, and is dumped as the next.
+
+    Teacher assistants (Mirzadeh et al. 2020, arXiv:1902.03393). A shape that is not given is MiniLM's (Wang et al.
+    2020, section 3.4): as deep as the teacher, as wide as the first student that is a transformer.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    student: str = "transformer"
+    dump: DumpOptions | None = None  # of its own cache; None: as the recipe's
+
+    @field_validator("student")
+    @classmethod
+    def _dumpable(cls, value: str) -> str:
+        if value != "transformer":
+            raise ValueError(f"an assistant is dumped as a teacher is, so it must be a transformer; not {value}")
+        return value
 
 
 class Pretraining(Strict):
@@ -76,17 +108,57 @@ class Recipe(Strict):
     """One experiment, from corpus to students.
 
     A student's option `init_from` may be a folder, or 'base' (the pretrained model that the teacher was tuned from),
-    'teacher', or 'pretrained' (the student of `pretrain`).
+    'teacher', 'pretrained' (the student of `pretrain`), or 'assistant' (the last of the `assistants`).
+
+    Of several `teachers` each labels the same rows, and `combine` says how that becomes one cache; `teacher` is then
+    the first of them, whose tokens the students read.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     corpus: CorpusChoice
     teacher: TeacherChoice
+    teachers: list[EnsembleTeacher] = Field(default=[])
+    combine: CombineOptions = CombineOptions()  # how, of several teachers
     dump: DumpOptions = DumpOptions()
     augment: AugmentOptions | None = None  # what the teacher labels for the students is made larger first
     pretrain: Pretraining | None = None
+    # each learns from the one before it, the first from the teacher; the students learn from the last
+    assistants: list[Assistant] = Field(default=[])
     students: list[StudentEntry] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_teacher(cls, data: Any) -> Any:
+        """What a recipe of several teachers says of the first one stands for `teacher` too."""
+        if not isinstance(data, dict) or not isinstance(data.get("teachers"), list) or not data["teachers"]:
+            return data
+        if data.get("teacher") is not None:
+            raise ValueError("a recipe has a 'teacher' or 'teachers': write the one among the others")
+        first = data["teachers"][0]
+        if not isinstance(first, dict):
+            return data
+        return data | {"teacher": {key: value for key, value in first.items() if key not in ("weight", "corpus")}}
+
+    @model_validator(mode="after")
+    def _ensemble(self) -> Recipe:
+        if len(self.teachers) == 1:
+            raise ValueError("'teachers' has one entry: call it 'teacher', or give it company")
+        if not self.teachers and self.combine != CombineOptions():
+            raise ValueError("'combine' is about several 'teachers', and this recipe has one")
+        if self.teachers and self.dump.capture not in ([], ["logits"]):
+            raise ValueError("of several teachers only logits are combined: leave other captures out of 'dump'")
+        if self.combine.weights is not None:
+            raise ValueError("combine.weights: say each teacher's 'weight' where the teacher is")
+        if self.teachers:
+            self.combine_options()
+        return self
+
+    def combine_options(self) -> CombineOptions:
+        """How the caches of `teachers` are combined; ConfigError where their weights have no say in it."""
+        weights = [teacher.weight for teacher in self.teachers]
+        given = {} if len(set(weights)) == 1 else {"weights": weights}
+        return build_options(CombineOptions, self.combine.model_dump(exclude_unset=True) | given, where="combine")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
@@ -107,10 +179,117 @@ class Recipe(Strict):
                     f"the twin of student '{student.name}' would start from what the teacher was tuned from, which is "
                     f"nothing: give it hard_twin: false"
                 )
+        hops = [assistant.name for assistant in self.assistants]
+        if doubled := sorted({name for name in hops if hops.count(name) > 1 or name in names}):
+            raise ValueError(f"two models are called '{doubled[0]}': give each assistant a name of its own")
+        if self.assistants and self.assistants[0].options.get("init_from") == ASSISTANT:
+            raise ValueError(f"assistant '{hops[0]}' can't start from '{ASSISTANT}': there is none before it")
+        for student in self.students:
+            if not hops and (student.direct_twin or student.options.get("init_from") == ASSISTANT):
+                asked = "direct_twin" if student.direct_twin else f"init_from: {ASSISTANT}"
+                raise ValueError(f"student '{student.name}' has {asked}, and the recipe has no 'assistants'")
+            if student.direct_twin and student.options.get("init_from") == ASSISTANT:
+                raise ValueError(
+                    f"student '{student.name}' starts from '{ASSISTANT}', so it has no direct_twin: that knows the "
+                    f"teacher alone"
+                )
         starting = [student.name for student in self.students if student.options.get("init_from") == PRETRAINED]
         if starting and self.pretrain is None:
             raise ValueError(f"student '{starting[0]}' starts from '{PRETRAINED}', and the recipe has no 'pretrain'")
         return self
+
+
+class Parties(Strict):
+    """How the labelled rows of a corpus are divided among the parties of a federation: see `softlabels.parties`."""
+
+    count: int = Field(ge=2, le=1000)
+    skew: float = Field(default=0.5, gt=0)  # concentration of the Dirichlet distribution: smaller is more uneven
+    rows: int | None = Field(default=None, ge=4)  # labelled ones that each has, at the most
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class FederatedCorpus(Strict):
+    """What the parties hold of their own, what they have in common, and what all are tested on."""
+
+    source: str
+    train: str | None = None  # the split whose labelled rows are divided among the parties
+    common: str | None = None  # the split that all know; its labels are not looked at
+    common_source: str | None = None  # another file for that
+    test: str | None = None
+    test_source: str | None = None
+    text: str | None = None
+    label: str | None = None
+    rows: int | None = Field(default=None, ge=1)  # of train and of common
+
+    @model_validator(mode="after")
+    def _says_what_is_common(self) -> FederatedCorpus:
+        if self.common is None and self.common_source is None:
+            raise ValueError("say what all parties know: common (a split) or common_source (a file)")
+        if self.test is None and self.test_source is None:
+            raise ValueError("say what to test on: test (a split) or test_source (a file)")
+        return self
+
+
+class FederatedRecipe(Strict):
+    """Parties that tell each other logits on a common corpus, and nothing else: FedMD, FedDF.
+
+    Every party trains a `teacher` on rows of its own and dumps its logits on the common corpus; the caches are
+    combined, and every party's `student` learns from the consensus. With `revisit` it then goes on, on the party's own labels
+    (FedMD's 'revisit'); of several `rounds` that is the party's teacher in the next.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    corpus: FederatedCorpus
+    parties: Parties
+    teacher: TeacherChoice
+    dump: DumpOptions = DumpOptions()
+    combine: CombineOptions = CombineOptions()
+    student: StudentOptions
+    hard_epochs: int | None = Field(default=None, ge=1)  # of the same student on the party's own labels alone
+    revisit: TeacherTraining | None = None
+    rounds: int = Field(default=1, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _fits(self) -> FederatedRecipe:
+        if self.teacher.train is None:
+            raise ValueError("each party trains a teacher on its own rows: say how with teacher.train")
+        for name, training in (("teacher.train", self.teacher.train), ("revisit", self.revisit)):
+            if training is not None and training.task != "sequence-classification":
+                raise ValueError(f"{name}: parties agree on classes, so its task is sequence-classification")
+        if self.dump.capture not in ([], ["logits"]):
+            raise ValueError("parties tell each other logits alone: leave other captures out of 'dump'")
+        if self.combine.keep or self.combine.choose == "label":
+            raise ValueError(
+                "the common rows have no labels, and no party's logits are handed on: leave out "
+                "combine.keep and combine.choose: label"
+            )
+        if self.combine.weights is not None and len(self.combine.weights) != self.parties.count:
+            raise ValueError(
+                f"combine.weights has {len(self.combine.weights)} numbers for {self.parties.count} parties"
+            )
+        if self.student.options.get("init_from") in (TEACHER, PRETRAINED, ASSISTANT):
+            raise ValueError(
+                f"student: init_from: {self.student.options['init_from']} is no model that all parties have"
+            )
+        if "ce" in self.student.loss_names():
+            raise ValueError(
+                "the common rows have no labels: leave loss 'ce' out; 'revisit' is for a party's own labels"
+            )
+        if self.revisit is not None and self.student.student != "transformer":
+            raise ValueError(
+                f"'revisit' fine-tunes a student as a teacher is, so it must be a transformer; not "
+                f"{self.student.student}"
+            )
+        if self.rounds > 1 and self.revisit is None:
+            raise ValueError(
+                "in a second round the parties' students teach, after some training on their own rows: say "
+                "how with 'revisit'"
+            )
+        return self
+
+
+AnyRecipe = Recipe | FederatedRecipe
 
 
 def recipes_folder() -> Path:
@@ -132,7 +311,18 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`)."""
+    """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`).
+
+    ConfigError for a federation, which is no such recipe.
+    """
+    recipe = read_any_recipe(name, changes=changes)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe {recipe.name} is a federation of parties: softlabels run takes it")
+    return recipe
+
+
+def read_any_recipe(name: str, *, changes: Sequence[str] = ()) -> AnyRecipe:
+    """The recipe `name`, of whatever kind its keys say it is: `parties` has a federation."""
     path = find_recipe(name)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -146,7 +336,8 @@ def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     for key, value in parse_options(changes).items():
         _set(data, key, value)
-    return build_options(Recipe, data, where=f"recipe {path}")
+    kind = FederatedRecipe if "parties" in data else Recipe
+    return build_options(kind, data, where=f"recipe {path}")
 
 
 def student_of_recipe(name: str, student: str | None) -> StudentOptions:
@@ -162,8 +353,12 @@ def student_of_recipe(name: str, student: str | None) -> StudentOptions:
         raise ConfigError(
             f"recipe {recipe.name}: {asked}: there are {', '.join(entries)}.{suggest(student or '', entries)}"
         )
-    chosen = entries[student]
-    return StudentOptions(**{key: getattr(chosen, key) for key in StudentOptions.model_fields})
+    return plain_options(entries[student], {})
+
+
+def plain_options(entry: StudentOptions, changes: dict[str, Any]) -> StudentOptions:
+    """The options of a recipe's entry without what only the recipe needs, and with `changes`."""
+    return StudentOptions(**({key: getattr(entry, key) for key in StudentOptions.model_fields} | changes))
 
 
 def _set(data: Any, key: str, value: Any) -> None:

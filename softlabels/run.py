@@ -1,10 +1,14 @@
 """Every stage of a recipe, in order; a stage whose inputs haven't changed is skipped.
 
 corpus → teacher → (augment) → dump → students, each from soft labels and (its twin) from hard labels alone → table.
-A recipe that pretrains its students does the first three once more before. Everything lies in one folder:
+A recipe that pretrains its students does the first three once more before; of several teachers each has stages of its
+own as far as the dump, and their caches are combined. With assistants, each is trained from the cache before it and
+dumped as the teacher of the next. Everything lies in one folder:
 
     teacher/  augmented.jsonl  cache/  cache-test/  students/NAME-soft-seed0/  students/NAME-hard-seed0/
     pretrain/           its own teacher/, cache/ and student/
+    teacher-1/          of several teachers the first one's teacher/, cache/ and cache-test/; the others likewise
+    assistants/NAME/    the assistant's run, student/, and its cache/; students/NAME-direct-seed0/ did without
     stages/NAME.json    what a stage was given (its fingerprint), what it found and how long it took
     results.json        the table as data
 """
@@ -13,9 +17,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -23,18 +26,30 @@ from typing import Any
 
 from softlabels.augment import augment
 from softlabels.cache import open_cache
+from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
-from softlabels.config import BASE, PRETRAINED, TEACHER, AugmentOptions, DumpOptions, StudentOptions, fingerprint
+from softlabels.config import (
+    ASSISTANT,
+    BASE,
+    PRETRAINED,
+    TEACHER,
+    AugmentOptions,
+    CombineOptions,
+    DumpOptions,
+    StudentOptions,
+    fingerprint,
+)
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
-from softlabels.foresight import check_recipe
+from softlabels.foresight import check_recipe, shape_assistant
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
+from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice, plain_options
+from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import check_options, train_student
-from softlabels.types import Task
+from softlabels.types import NO_LABEL, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,33 +85,11 @@ class RunResult:
     cache_rows: int
     cache_bytes: int
     skipped: int  # stages whose inputs hadn't changed
+    # of several teachers the accuracy of each; `teacher_accuracy` is then that of what they say together
+    teacher_accuracies: list[float | None] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class _Stages:
-    """The folder of a recipe's run, and which of its stages are done."""
-
-    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
-        self.out, self.say, self.skipped = out, say, 0
-
-    def run(
-        self, name: str, inputs: Any, work: Callable[[], dict[str, Any]], *, makes: Path | None = None
-    ) -> dict[str, Any]:
-        """The result of stage `name`: remembered where its inputs are the same and what it `makes` is there."""
-        place, key = self.out / "stages" / f"{name}.json", fingerprint(inputs)
-        before = _read_json(place)
-        if before is not None and before.get("fingerprint") == key and (makes is None or makes.exists()):
-            self.skipped += 1
-            return before["result"]
-        self.say(f"{name} …")
-        started = time.monotonic()
-        result = work()
-        # an interrupted stage that went on later counts all of its time where it kept count itself
-        result.setdefault("seconds", time.monotonic() - started)
-        write_file(place, json.dumps({"fingerprint": key, "result": result}, sort_keys=True, indent=1).encode())
-        return result
 
 
 def run_recipe(
@@ -106,18 +99,27 @@ def run_recipe(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        stages = _Stages(out, say)
+        stages = Stages(out, say)
         corpora = _Corpora(recipe.corpus, recipe.teacher)
         _check(recipe, corpora)
-        teacher = _teacher(recipe.teacher, stages, corpora, cpu=cpu)
+        under = "teacher-1" if recipe.teachers else ""
+        corpora_of_first = _own_corpora(recipe, 0, corpora) if recipe.teachers else corpora
+        teacher = _teacher(recipe.teacher, stages, corpora_of_first, cpu=cpu, under=under)
         if recipe.augment is not None:
             _augment(recipe.augment, stages, corpora, teacher, cpu=cpu)
-        cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu)
+        cache = _dump(recipe.dump, stages, "cache", corpora, "transfer", teacher=teacher, cpu=cpu, under=under)
         logits = recipe.dump.model_copy(update={"capture": ["logits"]})
-        test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu)
+        test = _dump(logits, stages, "cache-test", corpora, "test", teacher=teacher, cpu=cpu, under=under)
+        taught_by = [_Taught(teacher, cache, test)]
+        if recipe.teachers:
+            taught_by += [_others(recipe, n, stages, corpora, cpu=cpu) for n in range(1, len(recipe.teachers))]
+            cache, test = _combine(recipe, stages, taught_by)
         starts = _Starts(base=recipe.teacher.model, teacher=teacher)
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
+        hops = _assistants(recipe, stages, corpora, first=cache, test=test, starts=starts, cpu=cpu)
+        if hops:
+            starts = replace(starts, assistant=hops[-1].run)
         results = [
             (
                 entry,
@@ -125,7 +127,8 @@ def run_recipe(
                     entry,
                     stages,
                     corpora,
-                    cache=cache,
+                    cache=hops[-1].cache if hops else cache,
+                    direct=cache,
                     test=test,
                     starts=starts,
                     pretrain=recipe.pretrain,
@@ -135,19 +138,14 @@ def run_recipe(
             for entry in recipe.students
         ]
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
-        result = _table(recipe, out, results, cache, paid_once, stages.skipped)
+        if recipe.teachers:
+            paid_once += sum(each.teacher.seconds for each in taught_by[1:]) + sum(e.cache.seconds for e in taught_by)
+        paid_once += sum(hop.run.seconds + hop.cache.seconds for hop in hops)
+        result = _table(recipe, out, hops, results, cache, paid_once, stages.skipped)
+        if recipe.teachers:
+            result = replace(result, teacher_accuracies=[_accuracy(Path(each.test.path)) for each in taught_by])
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What a stage made: where it lies, a fingerprint of all that it follows from, and the seconds it took."""
-
-    path: str
-    key: str
-    seconds: float
-    found: dict[str, Any]
 
 
 _STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
@@ -158,16 +156,17 @@ class _Starts:
     """What a student's `init_from` may name."""
 
     base: str  # a model's name or folder
-    teacher: _Made
-    pretrained: _Made | None = None
+    teacher: Made
+    pretrained: Made | None = None
+    assistant: Made | None = None
 
 
 def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
-    if recipe.pretrain is not None:
-        check_options(recipe.pretrain.student)
+    for options in ([recipe.pretrain.student] if recipe.pretrain else []) + recipe.assistants:
+        check_options(options)
     check_recipe(recipe)
     if recipe.corpus.test is None and recipe.corpus.test_source is None:
         raise ConfigError(
@@ -176,11 +175,16 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
-    if recipe.teacher.train is not None:
-        train = corpora.read("train")
-        check_trainable(train)
-        for use in ("transfer", "test"):
-            encode_labels(corpora.read(use).examples, train.label_names or [])
+    owns = [_own_corpora(recipe, number, corpora) for number in range(len(recipe.teachers))] or [corpora]
+    choices: list[TeacherChoice] = [*recipe.teachers] or [recipe.teacher]
+    for choice, own in zip(choices, owns, strict=True):
+        if recipe.teachers and (choice.train is None or not choice.train.from_scratch):
+            resolve_pretrained(choice.model)  # the last of several would else be missed after the others' training
+        if choice.train is not None:
+            train = own.read("train")
+            check_trainable(train)
+            for use in ("transfer", "test"):
+                encode_labels(corpora.read(use).examples, train.label_names or [])
 
 
 class _Corpora:
@@ -234,10 +238,10 @@ def _state_of(model: str) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _teacher(choice: TeacherChoice, stages: _Stages, corpora: _Corpora, *, cpu: bool, under: str = "") -> _Made:
+def _teacher(choice: TeacherChoice, stages: Stages, corpora: _Corpora, *, cpu: bool, under: str = "") -> Made:
     """The teacher: as it is, or fine-tuned."""
     if choice.train is None:
-        return _Made(choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0, {})
+        return Made(choice.model, fingerprint([choice.model, _state_of(choice.model)]), 0.0, {})
     key = fingerprint([choice.model_dump(), _state_of(choice.model), corpora.key("train")])
     out = stages.out / under / "teacher"
     options = TeacherOptions(**choice.train.model_dump(exclude={"rows"}), device="cpu" if cpu else None)
@@ -247,20 +251,20 @@ def _teacher(choice: TeacherChoice, stages: _Stages, corpora: _Corpora, *, cpu: 
         return {"seconds": report.seconds}
 
     found = stages.run(_stage(under, "teacher"), key, work, makes=out / "config.json")
-    return _Made(str(out), key, found["seconds"], found)
+    return Made(str(out), key, found["seconds"], found)
 
 
 def _dump(
     options: DumpOptions,
-    stages: _Stages,
+    stages: Stages,
     name: str,
     corpora: _Corpora,
     use: str,
     *,
-    teacher: _Made,
+    teacher: Made,
     cpu: bool,
     under: str = "",
-) -> _Made:
+) -> Made:
     out = stages.out / under / name
     key = fingerprint([teacher.key, corpora.key(use), options.model_dump()])
 
@@ -269,10 +273,67 @@ def _dump(
         return {"rows": report.rows, "bytes": report.bytes, "truncated": report.truncated}
 
     found = stages.run(_stage(under, name), key, work, makes=out / "manifest.json")
-    return _Made(str(out), key, found["seconds"], found)
+    return Made(str(out), key, found["seconds"], found)
 
 
-def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teacher: _Made, *, cpu: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """One of several teachers, and what it said."""
+
+    teacher: Made
+    cache: Made
+    test: Made
+
+
+def _own_corpora(recipe: Recipe, number: int, corpora: _Corpora) -> _Corpora:
+    """What one of several teachers is trained on: of the recipe's corpus its own rows, or a corpus of its own."""
+    choice = recipe.teachers[number]
+    if choice.corpus is None and choice.train == recipe.teacher.train:
+        return corpora
+    return _Corpora(choice.corpus or recipe.corpus, choice)
+
+
+def _others(recipe: Recipe, number: int, stages: Stages, corpora: _Corpora, *, cpu: bool) -> _Taught:
+    """Of several teachers one that is not the first: it says of the same rows what it thinks."""
+    choice, under = recipe.teachers[number], f"teacher-{number + 1}"
+    teacher = _teacher(choice, stages, _own_corpora(recipe, number, corpora), cpu=cpu, under=under)
+    dumped = partial(_dump, recipe.dump, stages, teacher=teacher, cpu=cpu, under=under)
+    return _Taught(teacher, dumped("cache", corpora, "transfer"), dumped("cache-test", corpora, "test"))
+
+
+def _combine(recipe: Recipe, stages: Stages, taught_by: list[_Taught]) -> tuple[Made, Made]:
+    """The caches of what all teachers say together: of the transfer rows, and of the test's."""
+    options = recipe.combine_options()
+
+    def combined(name: str, parts: list[Made], options: CombineOptions) -> Made:
+        out, key = stages.out / name, fingerprint([options.model_dump(), *(part.key for part in parts)])
+
+        def work() -> dict[str, Any]:
+            shutil.rmtree(out, ignore_errors=True)  # of other inputs: it is made again in a moment
+            report = combine([part.path for part in parts], out=out, options=options)
+            return {"rows": report.rows, "bytes": report.bytes}
+
+        found = stages.run(name, key, work, makes=out / "manifest.json")
+        return Made(str(out), key, found["seconds"], found)
+
+    blind = options  # a teacher that is chosen by the label of a test row would have looked at the answer
+    if options.choose == "label":
+        blind = options.model_copy(update={"choose": None})
+    return (
+        combined("cache", [each.cache for each in taught_by], options),
+        combined("cache-test", [each.test for each in taught_by], blind),
+    )
+
+
+def _accuracy(cache: Path) -> float | None:
+    """Of a cache's logits on its labelled rows; None where no row has a label."""
+    opened = open_cache(cache)
+    rows = opened.labels != NO_LABEL
+    right = opened.column("logits").argmax(axis=1) == opened.labels
+    return float(right[rows].mean()) if rows.any() else None
+
+
+def _augment(options: AugmentOptions, stages: Stages, corpora: _Corpora, teacher: Made, *, cpu: bool) -> None:
     """A larger transfer set takes the place of the recipe's."""
     file = stages.out / "augmented.jsonl"
 
@@ -288,10 +349,10 @@ def _augment(options: AugmentOptions, stages: _Stages, corpora: _Corpora, teache
 
 
 def _stage(under: str, name: str) -> str:
-    return f"{under}-{name}" if under else name
+    return f"{under}-{name}".replace("/", "-") if under else name
 
 
-def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
+def _pretrain(recipe: Pretraining, stages: Stages, *, cpu: bool) -> Made:
     """The student of an earlier distillation; its seconds are those of everything that it took."""
     under = "pretrain"
     tuning = recipe.teacher.train
@@ -305,31 +366,76 @@ def _pretrain(recipe: Pretraining, stages: _Stages, *, cpu: bool) -> _Made:
     key = fingerprint([options.model_dump(), cache.key])
     work = partial(_train, Path(cache.path), run, options, cpu=cpu)
     found = stages.run(_stage(under, "student"), key, work, makes=run / "run.json")
-    return _Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
+    return Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """An assistant: its run, the cache that it was dumped to, and how it did itself."""
+
+    name: str
+    run: Made
+    cache: Made
+    evaluated: dict[str, Any]
+
+
+def _assistants(
+    recipe: Recipe, stages: Stages, corpora: _Corpora, *, first: Made, test: Made, starts: _Starts, cpu: bool
+) -> list[_Hop]:
+    """From the teacher down, each trained from the cache of the one before and dumped to one of its own."""
+    hops: list[_Hop] = []
+    cache = first
+    for assistant in recipe.assistants:
+        shaped = shape_assistant(assistant, recipe, open_cache(Path(cache.path)).teacher_config())
+        options = _started(plain_options(assistant, {"options": shaped}), starts)
+        under = f"assistants/{assistant.name}"
+        run = stages.out / under / "student"
+        key = fingerprint([options.model_dump(), cache.key])
+        found = stages.run(
+            f"assistant-{assistant.name}",
+            key,
+            partial(_train, Path(cache.path), run, options, cpu=cpu),
+            makes=run / "run.json",
+        )
+        made = Made(str(run), key, found["seconds"], found)
+        evaluated = stages.run(
+            f"evaluate-assistant-{assistant.name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
+        )
+        dumped = assistant.dump or recipe.dump
+        cache = _dump(dumped, stages, "cache", corpora, "transfer", teacher=made, cpu=cpu, under=under)
+        hops.append(_Hop(assistant.name, made, cache, evaluated | {"train_seconds": found["seconds"]}))
+        starts = replace(starts, assistant=made)
+    return hops
 
 
 def _student(
     entry: StudentEntry,
-    stages: _Stages,
+    stages: Stages,
     corpora: _Corpora,
     *,
-    cache: _Made,
-    test: _Made,
+    cache: Made,
+    direct: Made,
+    test: Made,
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations of a student and of its hard-label twin, one a seed each."""
-    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
-    for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
+    """The evaluations of a student and of its twins, one a seed each.
+
+    'hard' learned from labels alone, 'direct' from the teacher's own cache and not from that of an assistant.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": [], "direct": []}
+    wanted = {"soft": True, "hard": entry.hard_twin, "direct": entry.direct_twin}
+    for kind in (kind for kind, asked in wanted.items() if asked):
+        source = direct if kind == "direct" else cache
         for seed in entry.seeds:
             options = _started(_options(entry, kind, seed, pretrain), starts)
             name = f"{entry.name}-{kind}-seed{seed}"
             run = stages.out / "students" / name
-            pretrained = starts.pretrained.key if starts.pretrained and kind == "soft" else None
-            key = fingerprint([options.model_dump(), cache.key, *([pretrained] if pretrained else [])])
+            pretrained = starts.pretrained.key if starts.pretrained and kind != "hard" else None
+            key = fingerprint([options.model_dump(), source.key, *([pretrained] if pretrained else [])])
             trained = stages.run(
-                f"train-{name}", key, partial(_train, Path(cache.path), run, options, cpu=cpu), makes=run / "run.json"
+                f"train-{name}", key, partial(_train, Path(source.path), run, options, cpu=cpu), makes=run / "run.json"
             )
             evaluated = stages.run(
                 f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
@@ -349,23 +455,23 @@ def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | 
         options = dict(entry.options)
         if options.get("init_from") == PRETRAINED and pretrain is not None:
             options = pretrain.student.options | {key: options[key] for key in options.keys() - _STARTS}
-        if options.get("init_from") == TEACHER:
+        if options.get("init_from") in (TEACHER, ASSISTANT):
             options["init_from"] = BASE
         changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
         changes["lr"] = entry.all_phases()[-1].lr  # the one at which it learns to answer
         changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
-    common = {name: getattr(entry, name) for name in StudentOptions.model_fields}
-    return StudentOptions(**(common | changes))
+    return plain_options(entry, changes)
 
 
 def _started(options: StudentOptions, starts: _Starts) -> StudentOptions:
     """`options` with the folder that `init_from` stands for."""
     start = options.options.get("init_from")
-    if start not in (BASE, TEACHER, PRETRAINED):
+    if start not in (BASE, TEACHER, PRETRAINED, ASSISTANT):
         return options
-    if start == PRETRAINED:
-        assert starts.pretrained is not None  # Recipe asks for it
-        folder = starts.pretrained.path
+    if start in (PRETRAINED, ASSISTANT):
+        made = starts.pretrained if start == PRETRAINED else starts.assistant
+        assert made is not None  # Recipe asks for it
+        folder = made.path
     else:
         folder = str(resolve_pretrained(starts.base if start == BASE else starts.teacher.path))
     return options.model_copy(update={"options": options.options | {"init_from": folder}})
@@ -391,30 +497,17 @@ def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
 def _table(
     recipe: Recipe,
     out: Path,
+    hops: list[_Hop],
     results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
-    cache: _Made,
+    cache: Made,
     teacher_seconds: float,
     skipped: int,
 ) -> RunResult:
-    rows = []
+    rows = [_row(f"assistant {hop.name}", [hop.evaluated], []) for hop in hops]
     for entry, found in results:
-        soft, hard = found["soft"], found["hard"]
-        rows.append(
-            Row(
-                student=entry.name,
-                seeds=len(soft),
-                parameters=soft[0]["parameters"],
-                bytes=round(mean(item["bytes"] for item in soft)),
-                accuracy_soft=mean(item["accuracy"] for item in soft),
-                macro_f1_soft=mean(item["macro_f1"] for item in soft),
-                accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
-                macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
-                agreement=mean(item["fidelity"]["agreement"] for item in soft),
-                ms=mean(item["latency"]["ms"] for item in soft),
-                times_faster=_mean_of_known([item["times_faster"] for item in soft]),
-                train_seconds=mean(item["train_seconds"] for item in soft),
-            )
-        )
+        rows.append(_row(entry.name, found["soft"], found["hard"]))
+        if found["direct"]:
+            rows.append(_row(f"{entry.name}, from the teacher", found["direct"], found["hard"]))
     every = [item for _, found in results for item in (*found["soft"], *found["hard"])]
     fidelity = every[0]["fidelity"]
     return RunResult(
@@ -432,13 +525,23 @@ def _table(
     )
 
 
+def _row(name: str, soft: list[dict[str, Any]], hard: list[dict[str, Any]]) -> Row:
+    return Row(
+        student=name,
+        seeds=len(soft),
+        parameters=soft[0]["parameters"],
+        bytes=round(mean(item["bytes"] for item in soft)),
+        accuracy_soft=mean(item["accuracy"] for item in soft),
+        macro_f1_soft=mean(item["macro_f1"] for item in soft),
+        accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
+        macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
+        agreement=mean(item["fidelity"]["agreement"] for item in soft),
+        ms=mean(item["latency"]["ms"] for item in soft),
+        times_faster=_mean_of_known([item["times_faster"] for item in soft]),
+        train_seconds=mean(item["train_seconds"] for item in soft),
+    )
+
+
 def _mean_of_known(figures: list[float | None]) -> float | None:
     known = [figure for figure in figures if figure is not None]
     return mean(known) if known else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

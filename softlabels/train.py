@@ -26,7 +26,7 @@ from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.captures import TeacherRun
 from softlabels.captures.live import live_signals, prepare_student
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
-from softlabels.config import BASE, PRETRAINED, TEACHER, Phase, StudentOptions, package_versions
+from softlabels.config import ASSISTANT, BASE, PRETRAINED, TEACHER, Phase, StudentOptions, package_versions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError, StudentError
 from softlabels.losses import CONCATENATED
@@ -158,7 +158,7 @@ def check_options(options: StudentOptions) -> None:
 def _check_start(options: StudentOptions) -> None:
     """ConfigError for a word that only a recipe's run can make a folder of."""
     start = options.options.get("init_from")
-    if start in (BASE, TEACHER, PRETRAINED) and not Path(start).is_dir():
+    if start in (BASE, TEACHER, PRETRAINED, ASSISTANT) and not Path(start).is_dir():
         raise ConfigError(
             f"init_from: '{start}' is a model that softlabels run knows, and a training by itself does not: give its "
             f"folder, --option init_from=DIR"

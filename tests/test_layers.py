@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
     "cli": ["__main__", "cli"],
-    "run": ["run"],
+    "run": ["federated", "run"],
     "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate"],
     "part": [
         "augmenters",
@@ -38,6 +38,7 @@ LAYERS = {
         "losses",
         "objective",
         "optimizer",
+        "parties",
         "perplexity",
         "phases",
         "pixels",
@@ -47,6 +48,7 @@ LAYERS = {
         "recipes",
         "runs",
         "scratch",
+        "stages",  # what a recipe's run remembers of them
         "students",
         "tasks",
         "teaching_rows",

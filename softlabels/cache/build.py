@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from softlabels.cache.format import (
     to_json,
 )
 from softlabels.cache.head import OutputHead, save_head
-from softlabels.cache.inside import read_inside
+from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
@@ -232,16 +232,7 @@ def build_cache(
 
     `head` is the teacher's output head, for `vocab:exact`; `factors` are for `vocab:topk=K,factors=R`.
     """
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-    with lock(folder):
-        _refuse_links(folder)
-        previous = _previous(folder)
-        if previous is not None:
-            _refuse_differences(folder, previous, manifest)
-            manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
-        sweep_temporary(folder)
+    with _begin(folder, manifest) as build:
         if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
         if head is not None:
@@ -254,9 +245,41 @@ def build_cache(
         elif not (folder / "tokenizer").is_dir():
             reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)
-        if previous is None or not previous.complete:
-            write_file(folder / MANIFEST, to_json(manifest))
+        yield _begun(build)
+
+
+@contextmanager
+def derive_cache(folder: Path, manifest: Manifest, *, source: Path, files: Sequence[str]) -> Iterator[CacheBuild]:
+    """Begin the cache in `folder`, or go on with it, its small folders from the cache at `source`: `files` of them."""
+    with _begin(folder, manifest) as build:
+        for part in sorted({name.split("/")[0] for name in files}):
+            if not (folder / part).is_dir():
+                inside = [name for name in files if name.split("/")[0] == part]
+                _save_folder(folder / part, _Copies(source, inside))
+        yield _begun(build)
+
+
+@contextmanager
+def _begin(folder: Path, manifest: Manifest) -> Iterator[CacheBuild]:
+    """The cache in `folder`, locked and swept; what was there before it does not contradict `manifest`."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+    with lock(folder):
+        _refuse_links(folder)
+        previous = _previous(folder)
+        if previous is not None:
+            _refuse_differences(folder, previous, manifest)
+            manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
+        sweep_temporary(folder)
         yield CacheBuild(folder, manifest)
+
+
+def _begun(build: CacheBuild) -> CacheBuild:
+    """The same build, its first manifest written; a finished cache's stays until `finish`."""
+    if not (build.folder / MANIFEST).exists() or not read_manifest(build.folder).complete:
+        write_file(build.folder / MANIFEST, to_json(build.manifest))
+    return build
 
 
 def _refuse_links(folder: Path) -> None:
@@ -298,7 +321,23 @@ def _refuse_differences(folder: Path, previous: Manifest, manifest: Manifest) ->
         )
 
 
-def _save_folder(path: Path, part: PretrainedConfig | Reader) -> None:
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """Files of another cache, to be saved into a folder as transformers saves its own."""
+
+    source: Path
+    files: Sequence[str]  # of one of its small folders, by their paths inside the cache
+
+    def save_pretrained(self, folder: Path) -> None:
+        for name in self.files:
+            parts = name.split("/")
+            place = folder.joinpath(*parts[1:])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(open_inside(self.source, *parts), "rb") as taken, place.open("xb") as made:
+                shutil.copyfileobj(taken, made)
+
+
+def _save_folder(path: Path, part: PretrainedConfig | Reader | _Copies) -> None:
     """A folder that transformers writes, whole or not there."""
     draft = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(draft, ignore_errors=True)

@@ -84,6 +84,14 @@ vocab_plain.py and vocab_packed.py, beside this file, say.
 `logits` are never int8. Where a type was too narrow for values and the user had these clipped, `clipped` in the
 receipt counts them, and the manifest's shard table has their sum.
 
+**Made of others.** A cache that `softlabels combine` made says in the manifest's `combined` of which caches, in their
+order, and how; an entry that other caches lack, so that their bytes stay as they were. Examples, tokenizer/ and
+teacher/config.json are the first one's. Of several teachers `teacher.weights_hash` begins with `combined-`, for no one
+has these weights; `logits` are the mean, median or choice of theirs, their classes in the order of `label_names`;
+`logits.01`, `logits.02` … are, where they were kept, what each said, likewise ordered. Of one teacher's rows put
+together (`how` is `rows`) everything else is as one dump would have it, but for `corpus.hash`, the xxh3-128 over the
+hashes of the parts.
+
 **Joining.** A row of any field stands for its (id, token_hash). `join` of a shard is the xxh3-128 over, for each row,
 the id in UTF-8, a zero byte, and the token hash as 8 little-endian bytes; a field's shard belongs to an examples shard
 only if their receipts have the same `join`.
@@ -304,6 +312,26 @@ class DumpCard(_Part):
         return {key: value for key, value in write(self).items() if key != "masking" or value is not None}
 
 
+class CombinedPart(_Part):
+    """One of the caches that another was made of."""
+
+    teacher: str
+    weights_hash: str
+    tokenizer_hash: str
+    label_names: list[str]  # in its own order
+    identity: str  # see `Cache.identity`
+    rows: Positive  # that it has
+    weight: float | None = Field(ge=0, le=1)  # all together 1; None where nothing is averaged
+
+
+class CombinedCard(_Part):
+    """What a cache was made of, and by which rule; see `softlabels.cache.mixing`."""
+
+    how: Literal["logits", "probabilities", "median", "rows"]
+    choose: Literal["label", "entropy"] | None
+    caches: Annotated[list[CombinedPart], Field(min_length=2, max_length=9999)]
+
+
 class Manifest(_Part):
     """manifest.json."""
 
@@ -320,6 +348,11 @@ class Manifest(_Part):
     join: str  # 32 hex characters a shard
     shards: dict[str, ShardTable]  # a table a field, `examples` included
     versions: dict[str, str]  # of the packages that wrote it
+    combined: CombinedCard | None = None  # of a cache made of others, and in the file only there
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "combined" or value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -349,6 +382,7 @@ class Manifest(_Part):
 
 def identity(manifest: Manifest) -> dict[str, Any]:
     """What must be equal for two dumps to share a folder, as flat `key: value`."""
+    made_of = manifest.combined.model_dump() if manifest.combined is not None else {}
     return {
         "teacher.weights_hash": manifest.teacher.weights_hash,
         "teacher.task": manifest.teacher.task,
@@ -357,6 +391,7 @@ def identity(manifest: Manifest) -> dict[str, Any]:
         "corpus.hash": manifest.corpus.hash,
         "corpus.rows": manifest.corpus.rows,
         **{f"dump.{key}": value for key, value in manifest.dump.model_dump().items()},
+        **{f"combined.{key}": value for key, value in made_of.items()},
     }
 
 

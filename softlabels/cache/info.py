@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softlabels.cache.format import EXAMPLES, Manifest
+from softlabels.cache.format import EXAMPLES, CombinedCard, Manifest
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "corpus": manifest.corpus.source + (f":{manifest.corpus.split}" if manifest.corpus.split else ""),
         "texts": manifest.dump.text,
         "teacher": manifest.teacher.name,
+        **({} if manifest.combined is None else {"combined": _made_of(manifest.combined)}),
         "task": manifest.teacher.task,
         "classes": manifest.teacher.label_names,
         "max_length": manifest.dump.max_length,
@@ -34,6 +35,13 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "bytes": sum(table.total for table in manifest.shards.values()) if manifest.complete else None,
         "versions": manifest.versions,
     }
+
+
+def _made_of(card: CombinedCard) -> dict[str, Any]:
+    """Of which caches, and how."""
+    rule = {"how": card.how} | ({"choose": card.choose} if card.choose else {})
+    weights = [part.weight for part in card.caches if part.weight is not None]
+    return rule | ({"weights": weights} if weights else {}) | {"teachers": [part.teacher for part in card.caches]}
 
 
 def clipped_values(manifest: Manifest) -> dict[str, int]:

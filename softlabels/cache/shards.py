@@ -23,6 +23,11 @@ from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, V
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
     """The mapped, checked table of a shard of a finished cache; CacheError says which file, and what is wrong."""
+    return read_shard(map_shard(folder, manifest, field, shard), folder, manifest, field, shard)
+
+
+def map_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Buffer:
+    """The bytes of a shard of a finished cache, mapped; as many as the manifest says, and else unchecked."""
     path = shard_file(folder, field, shard)
     wanted = manifest.shards[field].size(shard)
     try:
@@ -33,9 +38,14 @@ def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.T
         ) from None
     try:
         _compare_size(path, os.fstat(handle).st_size, wanted)
-        data = map_file(handle, wanted)
+        return map_file(handle, wanted)
     finally:
         os.close(handle)
+
+
+def read_shard(data: pa.Buffer, folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
+    """The checked table in the mapped bytes of a shard."""
+    path = shard_file(folder, field, shard)
     table = read_table(data, lambda found: wanted_schema(manifest, field, shard, found, where=path), where=path)
     if table.num_rows != manifest.shard_rows[shard]:
         raise CacheError(f"{path} has {table.num_rows} rows, not the {manifest.shard_rows[shard]} that {MANIFEST} says")

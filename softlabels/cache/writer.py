@@ -338,6 +338,21 @@ class FieldShard:
             self._write_at(data.data.cast("B"), int(column.places[row]))
         self.written[row] = True
 
+    def put_run(self, first: int, values: np.ndarray, *, scales: np.ndarray | None = None, rows: int) -> None:
+        """Write `rows` rows from row `first` on: all their values one after the other, in the field's stored type."""
+        for column, given in zip(self._columns, [values] if scales is None else [values, scales], strict=True):
+            data = np.ascontiguousarray(np.asarray(given).astype(column.element, casting="same_kind", copy=False))
+            if data.size != column.counts[first : first + rows].sum():
+                raise ValueError(f"rows {first} to {first + rows} of '{self.field}' need other than {data.size} values")
+            view, done = _bytes_of(data), 0
+            for start, stop in itertools.pairwise(self.bounds):  # rows of one record batch lie side by side
+                start, stop = max(start, first), min(stop, first + rows)
+                if start < stop:
+                    size = int(column.counts[start:stop].sum()) * column.element.itemsize
+                    self._write_at(view[done : done + size], int(column.places[start]))
+                    done += size
+        self.written[first : first + rows] = True
+
     def commit(self, join: str) -> Receipt:
         """Sync, give the file its name, then write the receipt: its existence says that the shard is whole."""
         if self._waiting:

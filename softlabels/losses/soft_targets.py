@@ -35,6 +35,15 @@ def mse_logits(student: Signals, teacher: Signals, *, temperature: float | Tenso
     return mean_rows((rows.teacher - rows.student).square().sum(dim=-1))
 
 
+def mae_logits(student: Signals, teacher: Signals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """|zt − zs|, mean over C and over rows. No temperature enters.
+
+    What FedMD's parties learn the consensus by (Li and Wang 2019, arXiv:1910.03581; the mean over C is their code's).
+    """
+    rows = compare(student, teacher, temperature=1.0)
+    return mean_rows((rows.teacher - rows.student).abs().mean(dim=-1))
+
+
 def soft_cross_entropy(
     student: Signals, teacher: Signals, *, temperature: float | Tensor, mean_over_classes: bool = False
 ) -> Tensor:

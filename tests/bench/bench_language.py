@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ce", type=float, default=0.0, help="weight of the tokens themselves; KL has the rest")
     parser.add_argument("--lr", type=float, default=3e-3, help="the students' (%(default)s)")
-    parser.add_argument("--only", default=None, help="some of the forms, by their names, with semicolons between; full logits first")
+    parser.add_argument(
+        "--only", default=None, help="some of the forms, by their names, with semicolons between; full logits first"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--more", action="store_true", help="sampled and packed forms too")
     given = parser.parse_args()

@@ -47,6 +47,8 @@ def one_row(name: str, zs: Vector, zt: Vector, label: int, temperature: float) -
         return -math.fsum(a * math.log(b) for a, b in zip(p, q, strict=True))
     if name == "mse_logits":
         return math.fsum((a - b) ** 2 for a, b in zip(zt, zs, strict=True))
+    if name == "mae_logits":
+        return math.fsum(abs(a - b) for a, b in zip(zt, zs, strict=True)) / len(zt)
     if name == "ce":
         return 0.0 if label == NO_LABEL else -math.log(softmax(zs)[label])
     if name == "jsd":

@@ -11,7 +11,7 @@ from textbrewer import losses as theirs
 from textbrewer.schedulers import cwsm_temperature_scheduler_builder, flsw_temperature_scheduler_builder
 from torch import Tensor
 
-from softlabels.losses import LAYER_LOSSES
+from softlabels.losses import PAIR_LOSSES
 from softlabels.losses.attention import attention_ce, attention_mse, attention_scores_ce, attention_scores_mse
 from softlabels.losses.soft_targets import mse_logits, soft_cross_entropy
 from softlabels.losses.statistics import nst
@@ -63,7 +63,7 @@ def test_hidden_states(name: str, function: Callable[..., Tensor], second: bool)
     inputs: list[Any] = [student.hidden(1), teacher.hidden(2)]
     if second:
         inputs = [[student.hidden(1), student.hidden(2)], [teacher.hidden(2), teacher.hidden(0)]]
-    ours = LAYER_LOSSES[name](student, teacher, layers=layers)
+    ours = PAIR_LOSSES[name](student, teacher, layers=layers)
     assert ours.item() == pytest.approx(function(*inputs, mask=student.mask).item(), rel=1e-5)
 
 

@@ -1,0 +1,362 @@
+"""Caches of several teachers come in, one cache of what they say together goes out.
+
+Check that they fit, find the rows that all have, then shard by shard: read, mix, write. Caches with the same rows in
+the same shards, as dumps of one corpus are, are read straight through; else rows are gathered from where they lie.
+Rows of one teacher that lie in several caches are put together by `softlabels.cache.concatenate`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import xxhash
+
+from softlabels.cache.build import CacheBuild, derive_cache
+from softlabels.cache.codec import decode
+from softlabels.cache.combined import LOGITS, Combination, open_several, plan_combination
+from softlabels.cache.files import hash_handle, write_file
+from softlabels.cache.format import (
+    EXAMPLES,
+    Manifest,
+    Receipt,
+    read_receipt,
+    receipt_file,
+    shard_file,
+    to_json,
+)
+from softlabels.cache.inside import open_inside
+from softlabels.cache.reader import Cache
+from softlabels.cache.settings import settings_files
+from softlabels.cache.shards import list_lengths, map_shard, open_shard, read_shard
+from softlabels.cache.writer import FieldShard, metadata
+from softlabels.config import CombineOptions, package_versions
+from softlabels.errors import CacheError
+from softlabels.progress import progress
+
+_THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
+_AT_ONCE = 1 << 17  # numbers of each teacher that are mixed at a time, to be in the processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShare:
+    """One of the caches, and how its rows and the first one's overlap."""
+
+    cache: Path
+    teacher: str
+    weight: float | None
+    joined_by: str | None  # None: nothing was joined
+    rows: int
+    shared: int  # of the first cache's rows, those that it has
+    lacks: int  # of the first cache's rows, those that it has not
+    left_out: int  # of its own rows, those that are not in the result
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What a combination did."""
+
+    cache: Path
+    how: str  # logits, probabilities, median, or rows
+    choose: str | None
+    rows: int
+    new_rows: int  # that were written this time
+    fields: list[str]
+    caches: list[CacheShare]
+    seconds: float
+    bytes: int
+
+
+def combine(caches: Sequence[str | Path], *, out: Path, options: CombineOptions | None = None) -> CombineReport:
+    """Write what the teachers of `caches` say together, of the rows that all have, into the cache `out`.
+
+    Rows, texts, labels and tokenizer are the first cache's; the fields are `logits` and, with `options.keep`, each
+    teacher's own as `logits.01`, `logits.02`, … An interrupted combination goes on with the same call. CacheError where
+    caches do not fit each other, ConfigError where options do not fit them, saying what differs.
+    """
+    started, options = time.monotonic(), options or CombineOptions()
+    opened = open_several(caches)
+    plan = plan_combination(opened, options)
+    kept = [f"{LOGITS}.{number:02d}" for number in range(1, len(opened) + 1)] if options.keep else []
+    manifest = new_manifest(plan.manifest({name: plan.spec for name in (LOGITS, *kept)}))
+    # of the teacher only what it is like: a head or factors belong to fields that are not here
+    files = [
+        file for file in small_files(opened[0]) if not file.startswith("teacher/") or file == "teacher/config.json"
+    ]
+    with derive_cache(Path(out), manifest, source=opened[0].path, files=files) as build:
+        new_rows = write_shards(build, _Writer(plan, build).write)
+        final = build.finish()
+    return CombineReport(
+        cache=Path(out),
+        how=options.mean,
+        choose=options.choose,
+        rows=plan.join.rows,
+        new_rows=new_rows,
+        fields=sorted(final.fields),
+        caches=_shares(plan),
+        seconds=time.monotonic() - started,
+        bytes=sum(table.total for table in final.shards.values()),
+    )
+
+
+def _shares(plan: Combination) -> list[CacheShare]:
+    first, card = plan.caches[0], plan.card()
+    shares = []
+    for number, (cache, part) in enumerate(zip(plan.caches, card.caches, strict=True)):
+        found = plan.join.matched[number - 1] if number else None
+        shared = first.rows if found is None else found.shared
+        shares.append(
+            CacheShare(
+                cache=cache.path,
+                teacher=part.teacher,
+                weight=part.weight,
+                joined_by=None if found is None else found.by,
+                rows=cache.rows,
+                shared=shared,
+                lacks=first.rows - shared,
+                left_out=cache.rows - plan.join.rows,
+            )
+        )
+    return shares
+
+
+# -------------------------------------------------------------------------------------------- shared with --rows
+
+
+def new_manifest(manifest: Manifest) -> Manifest:
+    """`manifest` with the packages that write now."""
+    versions = package_versions("torch", "transformers", "tokenizers", "pyarrow", "numpy")
+    return manifest.model_copy(update={"versions": versions})
+
+
+def small_files(cache: Cache) -> list[str]:
+    """The files of the cache's small folders, by their paths inside it."""
+    return [name for part in ("processor", "teacher", "tokenizer") for name in settings_files(cache.path, part)]
+
+
+def write_shards(build: CacheBuild, write) -> int:
+    """Call `write(shard, missing fields)` for each shard that misses some, some at a time; the rows that they have."""
+    size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
+    missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
+    rows = {shard: min(size, total - shard * size) for shard in missing}
+    new = sum(rows.values())
+    with (
+        progress(total, description="combine", done=total - new) as update,
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="softlabels-combine") as pool,
+    ):
+        for shard, _ in zip(missing, pool.map(write, missing.keys(), missing.values()), strict=True):
+            update(rows[shard])
+    return new
+
+
+def open_whole(cache: Cache, field: str, shard: int) -> pa.Table:
+    """The checked table of a shard whose bytes are those that were written; CacheError where they are not."""
+    return read_shard(map_whole(cache, field, shard), cache.path, cache.manifest, field, shard)
+
+
+def map_whole(cache: Cache, field: str, shard: int) -> pa.Buffer:
+    """The mapped bytes of a shard, hashed; CacheError where they are not those that were written."""
+    data = map_shard(cache.path, cache.manifest, field, shard)
+    if xxhash.xxh3_128(data).hexdigest() != cache.manifest.shards[field].hash(shard):
+        raise damaged(cache, field, shard)
+    return data
+
+
+def damaged(cache: Cache, field: str, shard: int) -> CacheError:
+    return CacheError(
+        f"{shard_file(cache.path, field, shard)} is not the file that was written: `softlabels verify {cache.path}` "
+        f"lists all that is damaged. Copy it again from where the cache came from"
+    )
+
+
+def write_tables(build: CacheBuild, tables: Sequence[pa.Table], shard: int, *, join: str, truncated: int) -> None:
+    """Write and commit a shard of `examples` whose rows are those of `tables`, one after the other."""
+    whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).combine_chunks()
+    whole = whole.replace_schema_metadata(metadata(EXAMPLES, shard))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, whole.schema) as writer:
+        for batch in whole.to_batches():
+            writer.write_batch(batch)
+    tokens = sum(len(chunk.flatten()) for chunk in whole.column("input_ids").chunks)
+    commit_examples(build.folder, sink.getvalue(), shard, whole.num_rows, tokens, join=join, truncated=truncated)
+
+
+def commit_examples(
+    folder: Path, data: pa.Buffer, shard: int, rows: int, tokens: int, *, join: str, truncated: int
+) -> None:
+    """Write the bytes of a shard of `examples`, then its receipt."""
+    receipt_file(folder, EXAMPLES, shard).unlink(missing_ok=True)  # says nothing about the file that comes
+    write_file(shard_file(folder, EXAMPLES, shard), memoryview(data))
+    receipt = Receipt(
+        rows=rows,
+        tokens=tokens,
+        bytes=len(data),
+        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
+        join=join,
+        truncated=truncated,
+    )
+    write_file(receipt_file(folder, EXAMPLES, shard), to_json(receipt))
+
+
+def join_of(tables: Sequence[pa.Table]) -> str:
+    """The `join` of a shard of `examples` whose rows are those of `tables`: see the format."""
+    hasher = xxhash.xxh3_128()
+    for table in tables:
+        for batch in table.select(["id", "token_hash"]).to_batches():
+            numbers = np.ascontiguousarray(batch.column("token_hash").to_numpy())
+            wide = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(numbers), [None, pa.py_buffer(numbers)])
+            names = batch.column("id").cast(pa.large_binary())
+            rows = pc.binary_join_element_wise(names, wide.cast(pa.large_binary()), pa.scalar(b"\0", pa.large_binary()))
+            ends = np.frombuffer(rows.buffers()[1], "<i8")[rows.offset : rows.offset + len(rows) + 1]
+            hasher.update(memoryview(rows.buffers()[2])[ends[0] : ends[-1]])
+    return hasher.hexdigest()
+
+
+def counted(cache: Cache, field: str) -> list[int]:
+    """Of each shard what its receipt counts: rows cut to the max_length of `examples`, of others values clipped.
+
+    Where a receipt is lost, only the sum is known: the first shard has it.
+    """
+    manifest, shards = cache.manifest, range(len(cache.manifest.shard_rows))
+    total = manifest.corpus.truncated if field == EXAMPLES else manifest.shards[field].clipped
+    if not total:
+        return [0] * len(shards)
+    receipts = [read_receipt(cache.path, field, shard) for shard in shards]
+    known = [receipt.truncated + receipt.clipped for receipt in receipts if receipt is not None]
+    return known if len(known) == len(shards) and sum(known) == total else [total] + [0] * (len(shards) - 1)
+
+
+@contextmanager
+def field_shard(
+    build: CacheBuild, field: str, shard: int, tokens: np.ndarray, targets: np.ndarray | None = None
+) -> Iterator[FieldShard]:
+    """A shard of a field to be written and committed inside the block; where that fails, nothing of it stays."""
+    spec = build.manifest.fields[field]
+    writer = FieldShard(build.folder, field, spec, shard=shard, tokens=tokens, targets=targets)
+    try:
+        yield writer
+    finally:
+        writer.discard()
+
+
+# --------------------------------------------------------------------------------------------------------- mixing
+
+
+class _Writer:
+    """Writes the shards of a combination."""
+
+    def __init__(self, plan: Combination, build: CacheBuild) -> None:
+        self.plan, self.build = plan, build
+        self.first = plan.caches[0]
+        self.whole = plan.join.kept is None  # every shard has the rows of the first cache's
+        self.cut = counted(self.first, EXAMPLES)
+        self._one_by_one = threading.Lock()  # gathers from caches whose shards are opened on the way
+        gathered = [
+            cache
+            for number, cache in enumerate(plan.caches)
+            if not self._straight(number) and any(build.missing(shard) for shard in build.shards())
+        ]
+        for cache in gathered:
+            _check_hashes(cache, LOGITS)
+
+    def write(self, shard: int, missing: Sequence[str]) -> None:
+        size = self.build.manifest.dump.shard_rows
+        rows = np.arange(shard * size, min((shard + 1) * size, self.plan.join.rows))
+        tables = self._examples(shard, rows)
+        join = self.first.manifest.join[32 * shard : 32 * shard + 32] if self.whole else join_of(tables)
+        if EXAMPLES in missing:
+            self._write_examples(tables, shard, join)
+        fields = [field for field in missing if field != EXAMPLES]
+        if not fields:
+            return
+        tokens = np.concatenate([list_lengths(table, "input_ids") for table in tables])
+        said = [self._said(number, shard, rows) for number in range(len(self.plan.caches))]
+        for field in fields:
+            values = self._mixed(said, self._labels(tables)) if field == LOGITS else said[int(field[7:]) - 1]
+            with field_shard(self.build, field, shard, tokens) as writer:
+                writer.put_run(0, values.numpy().reshape(-1), rows=len(tokens))
+                writer.commit(join)
+
+    def _straight(self, number: int) -> bool:
+        """Whether a cache has the shards of the result."""
+        return self.whole and (number == 0 or self.plan.join.matched[number - 1].aligned)
+
+    def _examples(self, shard: int, rows: np.ndarray) -> list[pa.Table]:
+        if self.whole:
+            return [open_shard(self.first.path, self.first.manifest, EXAMPLES, shard)]
+        own, size = self.plan.join.rows_of(0, rows), self.first.manifest.dump.shard_rows
+        return [
+            open_whole(self.first, EXAMPLES, source).take(own[own // size == source] % size)
+            for source in np.unique(own // size).tolist()
+        ]
+
+    def _write_examples(self, tables: Sequence[pa.Table], shard: int, join: str) -> None:
+        if not self.whole:
+            longest = self.first.manifest.dump.max_length
+            cut = sum(int((list_lengths(table, "input_ids") >= longest).sum()) for table in tables)
+            # which rows were cut is not kept; those that were are as long as can be
+            write_tables(self.build, tables, shard, join=join, truncated=min(cut, sum(self.cut)))
+            return
+        manifest = self.first.manifest
+        data = map_whole(self.first, EXAMPLES, shard)
+        rows, tokens = manifest.shard_rows[shard], manifest.shard_tokens[shard]
+        commit_examples(self.build.folder, data, shard, rows, tokens, join=join, truncated=self.cut[shard])
+
+    def _labels(self, tables: Sequence[pa.Table]) -> torch.Tensor:
+        """(V,) the class of every row, or of every token where teachers speak of tokens."""
+        if self.plan.spec.kind == "row":
+            parts = [table.column("label").to_numpy() for table in tables]
+        else:
+            parts = [flat(chunk) for table in tables for chunk in table.column("labels").chunks]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def _said(self, number: int, shard: int, rows: np.ndarray) -> torch.Tensor:
+        """(V, C) float32: what a teacher says of the rows of a shard, or of their tokens, classes in order."""
+        plan, cache = self.plan, self.plan.caches[number]
+        if self._straight(number):
+            chunks = open_whole(cache, LOGITS, shard).column(0).chunks
+            stored = np.concatenate([flat(chunk) for chunk in chunks]).reshape(-1, plan.spec.width)
+            values = plan.mixing.align(number, decode(stored, cache.fields[LOGITS]))
+        else:
+            with self._one_by_one:
+                values = plan.read(number, rows)
+                if values.ndim == 3:
+                    lengths = cache.lengths[plan.join.rows_of(number, rows)]
+                    values = values[torch.arange(values.shape[1]) < torch.from_numpy(lengths)[:, None]]
+        if not torch.isfinite(values).all():
+            raise CacheError(f"cache {cache.path} has NaN or infinite logits: its teacher is broken. Leave it out")
+        return values.contiguous()
+
+    def _mixed(self, said: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        mixed = torch.empty_like(said[0])
+        step = max(1, _AT_ONCE // self.plan.spec.width)
+        for at in range(0, len(mixed), step):
+            part = slice(at, at + step)
+            mixed[part] = self.plan.mixing.mix([values[part] for values in said], labels[part])
+        return mixed
+
+
+def _check_hashes(cache: Cache, field: str) -> None:
+    """CacheError where a shard of a field is not the file that was written."""
+    for shard in range(len(cache.manifest.shard_rows)):
+        handle = open_inside(cache.path, field, shard_file(Path(), field, shard).name)
+        try:
+            if hash_handle(handle) != cache.manifest.shards[field].hash(shard):
+                raise damaged(cache, field, shard)
+        finally:
+            os.close(handle)
+
+
+def flat(chunk: pa.Array) -> np.ndarray:
+    """The values of a list column, those before and behind it left out."""
+    return chunk.flatten().to_numpy(zero_copy_only=True)

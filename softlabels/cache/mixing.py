@@ -1,0 +1,91 @@
+"""What several teachers say together: their logits of the same rows come in, one teacher's logits go out.
+
+For teachers t with logits z_t and weights w_t of sum 1, and p_t = softmax(z_t):
+
+    logits          z = Σ w_t z_t                 softmax(z) is the normalised geometric mean of the p_t; at a
+                                                  temperature T it is that of the softmax(z_t / T)
+    probabilities   z = log Σ w_t p_t             softmax(z) is their mean at T = 1, which teaches what the mean of the
+                                                  teachers' KL losses does; at other T it is that mean, softened
+    median          z_c = median over t of z_tc   class by class; of an even number the mean of the two in the middle
+
+Instead of a mean, a row may take the logits of one teacher as they are: of the one with the highest p_t on the row's
+label (`choose` "label"; rows without a label take the mean), or of the one with the least entropy of p_t ("entropy");
+of equals the first. Where teachers say something of every token, "row" means token. FedMD takes the mean of logits, as
+does FedDF (Lin et al. 2020, eq. 3); ensembles are taught either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softlabels.config import CombineOptions
+from softlabels.errors import ConfigError
+from softlabels.types import IMAGES, NO_LABEL, Task
+
+ONE_IS_RIGHT = ("sequence-classification", "token-classification", IMAGES)  # tasks whose logits are a softmax's
+MIXABLE = (*ONE_IS_RIGHT, "multi-label-classification", "regression")  # tasks with logits
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """The rule: `options` with a weight for each teacher and, of each, where its classes stand in the result's."""
+
+    options: CombineOptions
+    weights: tuple[float, ...]  # of sum 1
+    orders: tuple[tuple[int, ...] | None, ...]  # class c of the result is class orders[t][c] of teacher t; None: c
+
+    def mix(self, said: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """(…, C) float32 from the teachers' (…, C) each, `aligned`; `labels` (…) are class numbers or NO_LABEL.
+
+        Computed in float64, each row for itself, so that no way of cutting the rows into batches shows.
+        """
+        values = torch.stack([part.double() for part in said])  # (T, …, C)
+        if self.options.choose == "entropy":
+            logs = values.log_softmax(-1)
+            entropies = -(logs.exp() * logs).sum(-1)  # (T, …)
+            return _pick(values, entropies.argmin(0)).float()
+        mean = self._mean(values)
+        if self.options.choose == "label":
+            known = labels != NO_LABEL
+            wanted = labels.clamp(min=0)[None, ..., None].expand(len(said), *labels.shape, 1)
+            on_label = values.log_softmax(-1).gather(-1, wanted).squeeze(-1)  # (T, …)
+            mean = torch.where(known[..., None], _pick(values, on_label.argmax(0)), mean)
+        return mean.float()
+
+    def align(self, teacher: int, values: Tensor) -> Tensor:
+        """Teacher number `teacher`'s (…, C) with the classes in the result's order."""
+        order = self.orders[teacher]
+        return values if order is None else values[..., list(order)]
+
+    def _mean(self, values: Tensor) -> Tensor:
+        if self.options.mean == "median":
+            ordered, middle = values.sort(0).values, len(values) // 2
+            return (ordered[(len(values) - 1) // 2] + ordered[middle]) / 2
+        weights = torch.tensor(self.weights, dtype=torch.float64).view(-1, *[1] * (values.ndim - 1))
+        if self.options.mean == "logits":
+            return (weights * values).sum(0)
+        return (values.log_softmax(-1) + weights.log()).logsumexp(0)
+
+
+def _pick(values: Tensor, teacher: Tensor) -> Tensor:
+    """(…, C) of the (T, …, C) `values`: at each place those of the `teacher` (…)."""
+    return values.gather(0, teacher[None, ..., None].expand(1, *values.shape[1:]))[0]
+
+
+def plan_mixing(options: CombineOptions, task: Task, names: Sequence[Sequence[str]]) -> Mixing:
+    """The rule for teachers of `task` whose classes are called `names`, the same ones for all.
+
+    ConfigError where the options do not fit the number of teachers, or the task.
+    """
+    if task not in ONE_IS_RIGHT and (options.mean == "probabilities" or options.choose is not None):
+        asked = f"choose {options.choose}" if options.choose else "the mean of probabilities"
+        raise ConfigError(
+            f"{asked} is for classes of which one is right, and these teachers are for {task}: take the mean or the "
+            f"median of their logits"
+        )
+    orders = [tuple(part.index(name) for name in names[0]) if list(part) != list(names[0]) else None for part in names]
+    return Mixing(options, tuple(options.shares(len(names))), tuple(orders))
