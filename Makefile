@@ -25,7 +25,7 @@ demo: .venv/.installed-demo ## install, then run the main job on real text: one 
 	$(VENV)/softlabels demo --out runs/demo $(ARGS)
 
 test: .venv/.installed-dev ## install, then run the tests but for the slow ones and those that need a GPU
-	$(VENV)/python -m pytest $(ARGS)
+	$(VENV)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
