@@ -424,9 +424,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed in (0, 1):
         teacher = str(save_teacher(folder / f"teacher-{seed}", seed=seed))
         options = DumpOptions(capture=["logits", "hidden:1"], shard_rows=SHARD_ROWS)
-        dump(
-            corpus, teacher=str(folder / f"teacher-{seed}"), out=folder / f"cache-{seed}", options=options, device="cpu"
-        )
+        dump(corpus, teacher=teacher, out=folder / f"cache-{seed}", options=options, device="cpu")
     return [folder / "cache-0", folder / "cache-1"]
 
 
