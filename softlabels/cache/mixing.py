@@ -5,7 +5,8 @@ For teachers t with logits z_t and weights w_t of sum 1, and p_t = softmax(z_t):
     logits          z = Σ w_t z_t                 softmax(z) is the normalised geometric mean of the p_t; at a
                                                   temperature T it is that of the softmax(z_t / T)
     probabilities   z = log Σ w_t p_t             softmax(z) is their mean at T = 1, which teaches what the mean of the
-                                                  teachers' KL losses does; at other T it is that mean, softened
+                                                  teachers' KL losses does; at another T it is that mean softened, and
+                                                  not the mean of the softmax(z_t / T)
     median          z_c = median over t of z_tc   class by class; of an even number the mean of the two in the middle
 
 Instead of a mean, a row may take the logits of one teacher as they are: of the one with the highest p_t on the row's

@@ -1,6 +1,6 @@
 """How fast caches are combined beside reading and writing the same bytes, and how much memory that takes.
 
-Run it:  python -m tests.bench.bench_combine [--rows 1000000] [--caches 8] [--rounds 3] [--folder DIR]
+Run it:  python -m tests.bench.bench_combine [--rows 1000000] [--caches 8] [--rounds 3] [--folder DIR] [--only combine,rows]
 
 Contestants take turns, each in a process of its own, so that its peak memory can be told; only the work is timed, not
 the imports. The plain ones read every byte of all the caches' files, 1 MB at a time, and write as many bytes as the
@@ -87,12 +87,14 @@ def make(folder: Path, *, rows: range, seed: int, order: np.ndarray | None = Non
         build.finish()
 
 
-def make_all(folder: Path, rows: int, caches: int) -> None:
+def make_all(folder: Path, rows: int, caches: int, only: Sequence[str]) -> None:
+    cut = [rows * n // caches for n in range(caches + 1)]
     for number in range(caches):
         make(folder / f"same-{number}", rows=range(rows), seed=number)
-        cut = [rows * n // caches for n in range(caches + 1)]
-        make(folder / f"part-{number}", rows=range(cut[number], cut[number + 1]), seed=0)
-    make(folder / "shuffled", rows=range(rows), seed=1, order=np.random.default_rng(0).permutation(rows))
+        if "rows" in only:
+            make(folder / f"part-{number}", rows=range(cut[number], cut[number + 1]), seed=0)
+    if "shuffled" in only:
+        make(folder / "shuffled", rows=range(rows), seed=1, order=np.random.default_rng(0).permutation(rows))
 
 
 # ------------------------------------------------------------------------------------------------------- contestants
@@ -176,20 +178,22 @@ def main() -> None:
     parser.add_argument("--caches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", default=",".join(CONTESTANTS), help="beside plain and synced")
     parser.add_argument("--work", choices=CONTESTANTS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.work:
         print(json.dumps(work(asked.work, asked.folder, asked.out, asked.caches)))
         return
+    only = ["plain", "synced", *(name for name in CONTESTANTS[2:] if name in asked.only.split(","))]
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         told: dict[int, dict[str, dict[str, float]]] = {}
         for rows in (asked.rows // 10, asked.rows):
             folder = Path(place) / str(rows)
-            make_all(folder, rows, asked.caches)
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+            make_all(folder, rows, asked.caches, only)
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in only}
             for _ in range(asked.rounds if rows == asked.rows else 1):
-                for name in CONTESTANTS:
+                for name in only:
                     found[name].append(measure(name, folder, asked.caches))
             told[rows] = {
                 name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
