@@ -1345,10 +1345,8 @@ def _teachers_line(accuracies: Sequence[float | None], score: Callable[[float | 
     if not accuracies:
         return ""
     each = ", ".join(map(score, accuracies))
-    return (
-        f"teacher: what {len(accuracies)} say together; each by itself: {each}. Its size and times are the first "
-        f"one's.\n"
-    )
+    together = f"teacher: what {len(accuracies)} say together; each by itself: {each}"
+    return f"{together}. Its size and times are the first one's.\n"
 
 
 def _cost_line(result) -> str:

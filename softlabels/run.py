@@ -295,7 +295,8 @@ def _own_corpora(recipe: Recipe, number: int, corpora: _Corpora) -> _Corpora:
 
 def _others(recipe: Recipe, number: int, stages: Stages, corpora: _Corpora, *, cpu: bool) -> _Taught:
     """Of several teachers one that is not the first: it says of the same rows what it thinks."""
-    choice, under = recipe.teachers[number], f"teacher-{number + 1}"
+    entry, under = recipe.teachers[number], f"teacher-{number + 1}"
+    choice = TeacherChoice(model=entry.model, train=entry.train)  # a teacher of another weight is the same one
     teacher = _teacher(choice, stages, _own_corpora(recipe, number, corpora), cpu=cpu, under=under)
     dumped = partial(_dump, recipe.dump, stages, teacher=teacher, cpu=cpu, under=under)
     return _Taught(teacher, dumped("cache", corpora, "transfer"), dumped("cache-test", corpora, "test"))

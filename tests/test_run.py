@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from softlabels import run as run_module
+from softlabels.cache import open_cache
+from softlabels.cache.format import read_manifest
 from softlabels.cli import _guarded, _recipe_table
 from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, StudentError, TeacherError
 from softlabels.foresight import check_recipe
@@ -446,3 +448,91 @@ def test_every_shipped_recipe_takes_what_its_students_look_at(monkeypatch: pytes
     assert len(layered) >= 7
     for name in layered:
         check_recipe(read_recipe(name))
+
+
+# --------------------------------------------------------------------------------------------------- several teachers
+
+
+ENSEMBLE = {
+    "name": "three",
+    "combine": {"mean": "probabilities"},
+    "students": [
+        {"name": "linear", "student": "linear", "losses": {"mse_logits": 1}},
+        small(name="last", hard_twin=False, options={"embedding_dim": 8, "hidden_size": 8, "fc_size": 8}),
+    ],
+}
+
+
+def ensemble_of(place: Path, folder: Path) -> dict[str, Any]:
+    """Two teachers of one corpus, the second on fewer rows, and a party with rows and an order of labels of its own."""
+    write_csv(folder / "own.csv", list(reversed(TEXTS[:24])))
+    train = {"epochs": 1, "lr": 3e-3, "batch_size": 8}
+    model = str(place / "base")
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    return ENSEMBLE | {
+        "corpus": recipe["corpus"],
+        "teachers": [
+            {"model": model, "train": train, "weight": 2},
+            {"model": model, "train": train | {"seed": 1, "rows": 12}},
+            {"model": model, "train": train | {"seed": 2}, "corpus": {"source": str(folder / "own.csv")}},
+        ],
+    }
+
+
+def test_several_teachers_make_one_cache(place: Path, tmp_path: Path, capsys) -> None:
+    file, out = tmp_path / "three.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(ensemble_of(place, tmp_path)))
+    assert _guarded(["run", str(file), "--out", str(out), "--cpu"], debug=True) == 0
+    table, said = capsys.readouterr()
+    stages = [line.removesuffix(" …") for line in said.splitlines() if line.endswith("…")]
+    each = [f"teacher-{n}-{stage}" for n in (1, 2, 3) for stage in ("teacher", "cache", "cache-test")]
+    assert stages[:11] == [*each, "cache", "cache-test"]
+    results = json.loads((out / "results.json").read_text())
+    manifest = read_manifest(out / "cache")
+    assert manifest.combined is not None and manifest.combined.how == "probabilities"
+    assert [part.weight for part in manifest.combined.caches] == [0.5, 0.25, 0.25]
+    assert results["cache_rows"] == 50 and len(results["teacher_accuracies"]) == 3
+    report = json.loads((out / "teacher-2" / "teacher" / "teacher.json").read_text())["report"]
+    assert report["train_rows"] + report["validation_rows"] == 12
+    test = open_cache(out / "cache-test")
+    consensus = float((test.column("logits").argmax(1) == test.labels).mean())
+    assert results["teacher_accuracy"] == pytest.approx(consensus)
+    paid = {path.stem: json.loads(path.read_text())["result"]["seconds"] for path in (out / "stages").iterdir()}
+    dumped = sum(paid[f"teacher-{n}-{stage}"] for n in (1, 2, 3) for stage in ("teacher", "cache"))
+    assert results["teacher_seconds"] == pytest.approx(dumped + paid["cache"])
+    assert "what 3 say together; each by itself: " in table
+    assert run_recipe(read_recipe(str(file)), out=out, cpu=True).skipped == len(paid)
+    again: list[str] = []
+    changed = read_recipe(str(file), changes=["combine={choose: label}", "teachers.1.weight=3"])
+    run_recipe(changed, out=out, say=again.append, cpu=True)
+    assert again[:2] == ["cache …", "cache-test …"] and "teacher-1-cache …" not in again
+    cards = [read_manifest(out / name).combined for name in ("cache", "cache-test")]
+    assert [card.choose for card in cards if card is not None] == ["label", None]  # no look at the test's answers
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"teacher": {"model": "x"}}, "a 'teacher' or 'teachers'"),
+        ({"teachers": [{"model": "x"}]}, "'teachers' has one entry"),
+        ({"teachers": [{"model": "x", "wait": 1}, {"model": "y"}]}, "unknown key 'wait'.*Did you mean 'weight'"),
+        ({"teachers": [{"model": "x", "weight": 0}, {"model": "y"}]}, "greater than 0"),
+        ({"combine": {"mean": "median"}}, "a median has no weights"),
+        ({"combine": {"weights": [1, 2, 3]}}, "say each teacher's 'weight' where the teacher is"),
+        ({"dump": {"capture": ["logits", "hidden:1"]}}, "only logits are combined"),
+        ({"teachers": [], "teacher": {"model": "x"}}, "'combine' is about several 'teachers'"),
+    ],
+)
+def test_several_teachers_that_cannot_be(place: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    file = tmp_path / "three.yaml"
+    file.write_text(yaml.safe_dump(ensemble_of(place, tmp_path) | change))
+    with pytest.raises(ConfigError, match=told):
+        read_recipe(str(file))
+
+
+def test_a_teacher_of_several_that_is_missing_is_told_first(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "three.yaml"
+    file.write_text(yaml.safe_dump(ensemble_of(place, tmp_path)))
+    with pytest.raises(TeacherError, match="nowhere"):
+        run_recipe(read_recipe(str(file), changes=["teachers.2.model=./nowhere"]), out=tmp_path / "out", cpu=True)
+    assert not (tmp_path / "out" / "stages").exists()

@@ -81,7 +81,12 @@ def concatenate(caches: Sequence[str | Path], *, out: Path) -> CombineReport:
 def _check_same(first: Cache, other: Cache) -> None:
     """CacheError where two caches are not parts of what one dump would have given."""
     one, two = _settings(first), _settings(other)
-    differ = [f"{key} is {one.get(key)} and {two.get(key)}" for key in one | two if one.get(key) != two.get(key)]
+    none = "not there"
+    differ = [
+        f"{key} is {one.get(key, none)} and {two.get(key, none)}"
+        for key in one | two
+        if one.get(key, none) != two.get(key, none)
+    ]
     if differ:
         raise CacheError(
             f"{first.path} and {other.path} are not parts of one dump: {'; '.join(differ)}. Dump the parts with the "

@@ -102,6 +102,8 @@ def read_channels(schema: pa.Schema, width: int, *, where: Path) -> np.ndarray:
 
 def batch_bounds(counts: np.ndarray, *, limit: int = LIST_LIMIT) -> list[int]:
     """Where record batches begin and end, so that none has more than `limit` list values: [0, …, len(counts)]."""
+    if int(counts.sum()) <= limit:  # as it nearly always is
+        return [0, len(counts)]
     bounds, total = [0], 0
     for row, count in enumerate(counts.tolist()):
         if count > limit:
