@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 LAYERS = {
     "cli": ["__main__", "cli"],
     "run": ["run"],
-    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate"],
+    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate", "predict", "prune", "export"],
     "part": [
         "augmenters",
         "cache",
@@ -31,6 +31,7 @@ LAYERS = {
         "engines",
         "fine_tuning",
         "foresight",  # of a recipe, before its stages
+        "heads",
         "images",
         "labels",
         "layer_maps",
@@ -44,6 +45,7 @@ LAYERS = {
         "pretrained",
         "progress",
         "projections",
+        "pruning",
         "recipes",
         "runs",
         "scratch",
