@@ -973,7 +973,8 @@ def prune_command(
         str, typer.Option(help="'matrix', or 'all': the smallest of all matrices taken together")
     ] = "matrix",
     heads: Annotated[
-        float | None, typer.Option(help="this share of a transformer's attention heads goes; a layer keeps at least one")
+        float | None,
+        typer.Option(help="this share of a transformer's attention heads goes; each layer keeps one"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -995,7 +996,7 @@ def prune_command(
 
 @app.command(
     "export",
-    epilog="Example:  softlabels export runs/bilstm --int8 --out runs/bilstm-int8, then softlabels predict or evaluate it",
+    epilog="Example:  softlabels export runs/bilstm --int8 --out runs/int8, then softlabels predict runs/int8 'What a film'",
 )
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],

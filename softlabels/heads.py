@@ -133,9 +133,8 @@ class HeadScores:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Inside, a backward pass of a sum over examples adds its examples' scores."""
-        handles = [
-            attention.output.register_forward_pre_hook(self._tap(number)) for number, attention in enumerate(self.layers)
-        ]
+        outputs = [attention.output for attention in self.layers]
+        handles = [output.register_forward_pre_hook(self._tap(number)) for number, output in enumerate(outputs)]
         try:
             yield
         finally:

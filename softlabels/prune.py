@@ -33,6 +33,7 @@ class PruneReport:
     heads: list[str]  # that are zero now: LAYER.HEAD, numbered from 1
     heads_by: str | None  # what they were chosen by: 'gradients' or 'weights'
 
+
 def prune(run: Path, *, out: Path, options: PruneOptions, cache: Cache | None = None) -> PruneReport:
     """Prune the student of the run folder `run` into the run folder `out`.
 
@@ -62,7 +63,7 @@ def prune(run: Path, *, out: Path, options: PruneOptions, cache: Cache | None = 
 
 
 def weigh_by_gradients(run: Run, cache: Cache, *, rows: int = IMPORTANCE_ROWS) -> torch.Tensor:
-    """(layers, heads): the importance of the student's heads on the first `rows` of `cache` (see `softlabels.heads`)."""
+    """(layers, heads): what the student's heads do on the first `rows` of `cache`: see `softlabels.heads`."""
     student = run.student
     assert isinstance(student, torch.nn.Module)
     cache.require(["logits"], why="weighing heads")

@@ -50,10 +50,9 @@ def prune_by_magnitude(student: nn.Module, share: float, *, together: bool = Fal
     for name, gone in masks.items():
         if bool((gone | (matrices[name] == 0)).all()):
             size = matrices[name].numel()
-            kept = " and scope 'matrix', which takes as much of each," if together else ""
+            advice = "give a smaller share, or scope 'matrix'" if together else "give a smaller share"
             raise StudentError(
-                f"pruning a share of {share:g} would leave nothing of '{name}' ({size:,} weights): give a smaller "
-                f"share{kept} such as {min(0.5, share / 2):g}"
+                f"pruning a share of {share:g} would leave nothing of '{name}' ({size:,} weights): {advice}"
             )
     for name, gone in masks.items():
         matrices[name].masked_fill_(gone, 0.0)
@@ -107,7 +106,9 @@ class _GradientMask:
         if gradient.is_sparse:  # rows of a table of word vectors
             rows = gradient.coalesce()
             values = rows.values() * self.alive[rows.indices()[0]]
-            parameter.grad = torch.sparse_coo_tensor(rows.indices(), values, rows.shape, is_coalesced=True)
+            parameter.grad = torch.sparse_coo_tensor(
+                rows.indices(), values, rows.shape, is_coalesced=True, check_invariants=False
+            )
         else:
             gradient.mul_(self.alive)
 

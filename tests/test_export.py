@@ -25,7 +25,7 @@ from softlabels.dump import dump
 from softlabels.errors import StudentError
 from softlabels.export import export
 from softlabels.prune import prune
-from softlabels.runs import load_run
+from softlabels.runs import load_run, save_run
 from softlabels.students import exported
 from softlabels.train import train_student
 from softlabels.types import Example
@@ -66,8 +66,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(cache: Path, out: Path, student: str, options: dict[str, Any], **changes: Any) -> Path:
-    values = {"student": student, "options": options, "losses": {"ce": 1}, "epochs": 2, "lr": 2e-2, "batch_size": 16}
+    values = {"student": student, "options": options, "losses": {"ce": 1}, "epochs": 1, "lr": 2e-2, "batch_size": 32}
     train_student(open_cache(cache), out=out, options=StudentOptions.model_validate(values | changes), cpu=True)
+    if student == "transformer":  # so small a one says the same of every text, unless its weights are made larger
+        run = load_run(out)
+        assert isinstance(run.student, PreTrainedModel)
+        with torch.no_grad():
+            for parameter in run.student.parameters():
+                parameter.mul_(4 if parameter.ndim > 1 else 1)
+        save_run(out, run.student, run.record, tokenizer=run.tokenizer)
     return out
 
 
@@ -81,13 +88,13 @@ def small(place: Path) -> Path:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_logits_are_those_of_pytorch(place: Path, tmp_path: Path, name: str) -> None:
     report = export(place / name, out=tmp_path / "onnx")
-    assert report.difference < 1e-4
     theirs, ours = load_run(place / name), load_run(tmp_path / "onnx")
     for batch_size in (64, 1, 5):  # all lengths in a batch; each by itself
         np.testing.assert_allclose(
             ours.logits(ASKED, batch_size=batch_size), theirs.logits(ASKED), atol=1e-4, rtol=1e-4
         )
     assert np.ptp(theirs.logits(ASKED), axis=0).max() > 0.01  # they do tell texts apart
+    assert report.difference < 1e-4 * max(1, np.abs(theirs.logits(ASKED)).max())
     assert ours.parameters == theirs.parameters == report.parameters
     assert ours.size_on_disk == report.bytes == sum((tmp_path / "onnx" / file).stat().st_size for file in files(ours))
 
@@ -166,7 +173,8 @@ def test_heads_that_were_pruned_leave_the_graph(place: Path, tmp_path: Path) -> 
         assert report.removed_heads == 4
         a_head = 4 * 8 * 32 + 3 * 8  # four matrices, three biases
         assert ours.parameters == theirs.parameters - 4 * a_head
-        assert ours.size_on_disk < load_run(tmp_path / name).size_on_disk - 4 * 4 * a_head
+        whole = export(place / name, out=tmp_path / f"{name}-whole")
+        assert whole.bytes - report.bytes == pytest.approx(4 * 4 * a_head, rel=0.1)
 
 
 def test_batches_and_threads_change_nothing(small: Path) -> None:
@@ -245,15 +253,17 @@ def test_damage_is_refused(small: Path, tmp_path: Path) -> None:
     outside = graph.graph.initializer.add(name="secret", data_type=onnx.TensorProto.UINT8, dims=[5])
     outside.data_location = onnx.TensorProto.EXTERNAL
     outside.external_data.add(key="location", value="../secret")
-    renamed = onnx.load_from_string(model)
-    renamed.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
     for name, file, content, hashed, told in (
         ("gone", "model.onnx", None, False, "model.onnx is missing"),
         ("flipped", "model.onnx", model[:-1] + bytes([model[-1] ^ 1]), False, "is not the file that was saved"),
         ("cut", "model.onnx", model[: len(model) // 2], True, "can't be run by ONNX Runtime"),
         ("outside", "model.onnx", graph.SerializeToString(), True, "lie in other files"),
-        ("classes", "model.onnx", renamed.SerializeToString(), True, "run.json names 3 classes"),
         ("tokenizer", "tokenizer.json", b"{}", True, "tokenizer.json can't be used"),
     ):
         with pytest.raises(StudentError, match=told):
             load_run(copy(name, file, content, hashed=hashed))
+    other = Path(shutil.copytree(small, tmp_path / "classes"))
+    record = json.loads((other / "run.json").read_text()) | {"label_names": ["a", "b"]}
+    (other / "run.json").write_text(json.dumps(record))
+    with pytest.raises(StudentError, match=r"run\.json names 2 classes"):
+        load_run(other)

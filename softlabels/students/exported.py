@@ -74,7 +74,7 @@ class OnnxStudent:
     def logits(self, examples: Sequence[Example], *, batch_size: int = 64) -> np.ndarray:
         """Logits (N, C) float32 of `examples`, in their order; rows of similar length go together."""
         if not examples:
-            return np.zeros((0, self.session.get_outputs()[0].shape[-1]), dtype=np.float32)
+            return np.zeros((0, self.classes), dtype=np.float32)
         rows = self._tokenize(examples)
         order = np.argsort([-len(row.ids) for row in rows], kind="stable")
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -86,8 +86,16 @@ class OnnxStudent:
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Logits (B, C) float32 of padded `inputs` (B, L) int64; StudentError where the graph fails on them."""
         with _faults_told(self.card.file):
-            (logits,) = self.session.run(["logits"], {name: inputs[name] for name in self.card.inputs})
-        return np.asarray(logits, dtype=np.float32)
+            (found,) = self.session.run(["logits"], {name: inputs[name] for name in self.card.inputs})
+        logits = np.asarray(found, dtype=np.float32)
+        if logits.shape != (len(inputs["input_ids"]), self.classes):
+            raise StudentError(f"{self.card.file} gives logits {logits.shape} for {len(inputs['input_ids'])} rows")
+        return logits
+
+    @property
+    def classes(self) -> int:
+        """C, by the graph's own word."""
+        return self.session.get_outputs()[0].shape[1]
 
     def with_threads(self, count: int) -> OnnxStudent:
         """The same student on so many threads of the CPU; by itself it takes a thread for each core."""
