@@ -996,7 +996,7 @@ def prune_command(
 
 @app.command(
     "export",
-    epilog="Example:  softlabels export runs/bilstm --int8 --out runs/int8, then softlabels predict runs/int8 'What a film'",
+    epilog="Example:  softlabels export runs/bilstm --int8 --out runs/int8   |   softlabels predict runs/int8 'A film'",
 )
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],

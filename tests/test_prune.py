@@ -310,8 +310,8 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: Any) -> None:
     fresh = ("--epochs", 1, "--batch-size", 16, "--cpu")
     call(0, "train-student", place / "cache", "--student", tmp_path / "sparse", "--out", tmp_path / "again", *fresh)
     assert load_run(tmp_path / "again").nonzero <= load_run(tmp_path / "sparse").nonzero
-    call(0, "train-student", place / "cache", "--student", "bilstm", "--prune", "magnitude=0.5", "--option", "fc_size=10",
-         "--out", tmp_path / "first", *fresh)  # fmt: skip
+    asked = ("--student", "bilstm", "--prune", "magnitude=0.5", "--option", "fc_size=10")
+    call(0, "train-student", place / "cache", *asked, "--out", tmp_path / "first", *fresh)
     assert load_run(tmp_path / "first").record.pruned is not None
     told = call(2, "prune", place / "bilstm", "--magnitude", 1, "--out", tmp_path / "none")[1]
     assert "would prune the student to nothing" in told and "Traceback" not in told
