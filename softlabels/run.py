@@ -24,6 +24,7 @@ from typing import Any
 from softlabels.augment import augment
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
+from softlabels.compression import CompressedRow, Distilled, Tools, check_chains, compress, tabulate
 from softlabels.config import BASE, PRETRAINED, TEACHER, AugmentOptions, DumpOptions, StudentOptions, fingerprint
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
@@ -70,6 +71,7 @@ class RunResult:
     cache_rows: int
     cache_bytes: int
     skipped: int  # stages whose inputs hadn't changed
+    compressed: list[CompressedRow]  # of the students with `compress`; empty without one
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,6 +168,7 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
+        check_chains(entry.compress)
     if recipe.pretrain is not None:
         check_options(recipe.pretrain.student)
     check_recipe(recipe)
@@ -318,9 +321,16 @@ def _student(
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
-) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations of a student and of its hard-label twin, one a seed each."""
-    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
+) -> dict[str, list[Any]]:
+    """The evaluations of a student, of its hard-label twin, and of what `compress` makes of it, one a seed each."""
+    found: dict[str, list[Any]] = {"soft": [], "hard": [], "compressed": []}
+    tools = Tools(
+        stages.run,
+        train=partial(_train, Path(cache.path), cpu=cpu),
+        evaluate=lambda run: _evaluate(run, corpora, Path(test.path)),
+        cache=Path(cache.path),
+        test_key=test.key,
+    )
     for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
         for seed in entry.seeds:
             options = _started(_options(entry, kind, seed, pretrain), starts)
@@ -335,6 +345,8 @@ def _student(
                 f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
             )
             found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
+            if kind == "soft" and entry.compress:
+                found["compressed"].append(compress(Distilled(run, key, options), entry.compress, tools))
     return found
 
 
@@ -391,7 +403,7 @@ def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
 def _table(
     recipe: Recipe,
     out: Path,
-    results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
+    results: list[tuple[StudentEntry, dict[str, list[Any]]]],
     cache: _Made,
     teacher_seconds: float,
     skipped: int,
@@ -429,6 +441,12 @@ def _table(
         cache_rows=cache.found["rows"],
         cache_bytes=cache.found["bytes"],
         skipped=skipped,
+        compressed=[
+            row
+            for entry, found in results
+            if entry.compress
+            for row in tabulate(entry.name, entry.compress, found["soft"], found["compressed"])
+        ],
     )
 
 

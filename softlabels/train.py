@@ -150,6 +150,10 @@ def check_options(options: StudentOptions) -> None:
         raise ConfigError(
             f"a student that is trained further is what it was: leave out the options {', '.join(options.options)}"
         )
+    if options.prune is not None and options.prune.heads is not None and options.student != "transformer":
+        raise StudentError(
+            f"student '{options.student}' has no attention heads that can be pruned: give a magnitude instead"
+        )
     if check_student(options.student) != LINEAR:
         return
     if options.prune is not None:

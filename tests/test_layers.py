@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
     "cli": ["__main__", "cli"],
-    "run": ["run"],
+    "run": ["run", "compression"],
     "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate", "predict", "prune", "export"],
     "part": [
         "augmenters",
@@ -60,7 +60,7 @@ LAYERS = {
 }
 MAY_IMPORT = {
     "cli": {"cli", "run", "stage", "part", "base"},
-    "run": {"stage", "part", "base"},
+    "run": {"run", "stage", "part", "base"},
     "stage": {"part", "base"},
     "part": {"part", "base"},
     "base": {"base"},
