@@ -3,9 +3,10 @@
 Run it:  make bench      or  python -m tests.bench.bench_export [--students bilstm,transformer] [--rows 6000]
                              [--folder DIR] [--small]
 
-On shared SST-2: the teacher and its cache are bench_quality's (with its --folder they are taken from there), a BiLSTM and
-a transformer of 2 of MiniLM's layers learn from the cache as recipe hinton says. Each text is read alone on one thread by
-each of the three forms in turn, tokenisation included, so that a busy machine slows all; ms are medians over 300 texts.
+On shared SST-2: the teacher and its cache are bench_quality's (with its --folder they are taken from there), a BiLSTM
+and a transformer of 2 of MiniLM's layers learn from the cache as recipe hinton says. Each text is read alone on one
+thread by each of the three forms in turn, tokenisation included, so that a busy machine slows all; ms are medians over
+300 texts.
 """
 
 from __future__ import annotations
