@@ -49,7 +49,10 @@ _PUBLIC = {
     "train_student": "softlabels.train",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
-    "predict": "softlabels.evaluate",
+    "predict": "softlabels.predict",
+    "export": "softlabels.export",
+    "prune": "softlabels.prune",
+    "PruneOptions": "softlabels.config",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -64,14 +67,17 @@ if TYPE_CHECKING:
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
+    from softlabels.config import PruneOptions as PruneOptions
     from softlabels.config import StudentOptions as StudentOptions
     from softlabels.corpus import read_column as read_column
     from softlabels.corpus import read_corpus as read_corpus
     from softlabels.dump import dump as dump
     from softlabels.errors import SoftlabelsError as SoftlabelsError
     from softlabels.evaluate import evaluate as evaluate
-    from softlabels.evaluate import predict as predict
+    from softlabels.export import export as export
     from softlabels.imports import import_logits as import_logits
+    from softlabels.predict import predict as predict
+    from softlabels.prune import prune as prune
     from softlabels.recipes import read_recipe as read_recipe
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions

@@ -962,8 +962,8 @@ def train_student_command(
     student: Annotated[
         str | None,
         typer.Option(
-            help="bilstm, word_average, lstm_attention, transformer or linear; with --recipe the name of one of its "
-            "students"
+            help="bilstm, word_average, lstm_attention, transformer or linear; the folder of a finished run, to train "
+            "its student further; with --recipe the name of one of its students"
         ),
     ] = None,
     recipe: Annotated[
@@ -997,6 +997,13 @@ def train_student_command(
         ),
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=SHARE",
+            help="magnitude=0.5 or heads=0.25: prune the student before the first step; it stays so; may be repeated",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, sgd, or adadelta (which wants --lr 1.0)")] = None,
@@ -1038,6 +1045,7 @@ def train_student_command(
         "seed": seed,
         "temperature": temperature,
         "losses": None if loss is None else parse_losses(loss),
+        "prune": parse_options(prune) if prune else None,
     }
     given = {key: value for key, value in given.items() if value is not None}
     chosen = parse_options(option or [])
@@ -1049,7 +1057,7 @@ def train_student_command(
         values = start | given | {"options": start.get("options", {}) | chosen}
     else:
         default = {"losses": {"mse_logits": 1.0}} if student == "linear" else {}
-        values = default | given | {"student": student, "options": chosen}
+        values = default | given | _which_student(student or "") | {"options": chosen}
     options = build_options(StudentOptions, values, where="train-student")
     combining = _combine_options(mean, weights, choose, where="train-student")
     if len(caches) == 1 and combining.model_fields_set:
@@ -1063,6 +1071,72 @@ def train_student_command(
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
     _finish(report, as_json)
+
+
+def _which_student(name: str) -> dict[str, Any]:
+    """The kind of a new student, or the folder of one that is trained further."""
+    from softlabels.students import STUDENT_NAMES
+
+    if name in STUDENT_NAMES or not Path(name).is_dir():
+        return {"student": name}
+    from softlabels.runs import read_record
+
+    return {"student": read_record(Path(name)).student, "from_run": name}
+
+
+@app.command(
+    "prune",
+    epilog="Example:  softlabels prune runs/bilstm --magnitude 0.5 --out runs/sparse, then train-student cache "
+    "--student runs/sparse --out runs/sparse-again",
+)
+def prune_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
+    out: Annotated[Path, typer.Option(help="the run folder for the pruned student")],
+    magnitude: Annotated[
+        float | None, typer.Option(help="this share of the weights of every matrix, the smallest ones, becomes zero")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="'matrix', or 'all': the smallest of all matrices taken together")
+    ] = "matrix",
+    heads: Annotated[
+        float | None,
+        typer.Option(help="this share of a transformer's attention heads goes; each layer keeps one"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="choose heads by what they do to the distance to the teacher; without it by their weights"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Set a student's least weights or attention heads to zero; trained further, they stay zero."""
+    from softlabels.config import PruneOptions, build_options
+
+    given = {"magnitude": magnitude, "scope": scope, "heads": heads}
+    options = build_options(PruneOptions, given, where="prune")
+    from softlabels.cache import open_cache
+    from softlabels.prune import prune
+
+    report = prune(run, out=out, options=options, cache=None if cache is None else open_cache(cache))
+    _finish(report, as_json)
+
+
+@app.command(
+    "export",
+    epilog="Example:  softlabels export runs/bilstm --int8 --out runs/int8   |   softlabels predict runs/int8 'A film'",
+)
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
+    out: Annotated[Path, typer.Option(help="the run folder for the exported student")],
+    format: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights (dynamic quantisation)")] = False,
+    as_json: Json = False,
+) -> None:
+    """A student in ONNX, checked against PyTorch; predict and evaluate run it with ONNX Runtime (extra 'export')."""
+    if format != "onnx":
+        raise ConfigError(f"--format {format} can't be written: there is onnx")
+    from softlabels.export import export
+
+    _finish(export(run, out=out, int8=int8), as_json)
 
 
 @app.command("evaluate", epilog="Example:  softlabels evaluate runs/bilstm test.csv --cache cache-test")
@@ -1137,7 +1211,7 @@ def predict_command(
 ) -> None:
     """The student's class for texts."""
     given = _read_texts(texts)
-    from softlabels.evaluate import predict
+    from softlabels.predict import predict
 
     for prediction in predict(run, given):
         if as_json:
@@ -1260,7 +1334,10 @@ def _evaluation_table(found) -> str:
             "KL to the teacher": found.fidelity.kl,
         }
         facts |= {"teacher's accuracy": found.fidelity.teacher_accuracy}
-    facts |= {"parameters": f"{found.parameters:,}", "bytes": found.bytes, "ms a text": found.latency.ms}
+    facts |= {"parameters": f"{found.parameters:,}"}
+    if found.nonzero < found.parameters:
+        facts |= {"not zero": f"{found.nonzero:,}"}
+    facts |= {"bytes": found.bytes, "ms a text": found.latency.ms}
     if found.latency.times_faster is not None:
         facts |= {"times faster than the teacher": found.latency.times_faster}
     return f"{_columns(head, rows)}\n\n{_facts(facts)}"
@@ -1336,7 +1413,7 @@ def _recipe_table(result) -> str:
     return (
         f"{_columns(head, rows)}\n\n{_teachers_line(result.teacher_accuracies, score)}"
         f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
-        f"{speed}.\n{_cost_line(result)}"
+        f"{speed}.\n{_cost_line(result)}{_compression_table(result.compressed)}"
     )
 
 
@@ -1347,6 +1424,27 @@ def _teachers_line(accuracies: Sequence[float | None], score: Callable[[float | 
     each = ", ".join(map(score, accuracies))
     together = f"teacher: what {len(accuracies)} say together; each by itself: {each}"
     return f"{together}. Its size and times are the first one's.\n"
+
+
+def _compression_table(found: Sequence[Any]) -> str:
+    """What pruning and quantising made of the students; nothing where none was compressed."""
+    if not found:
+        return ""
+    head = ["student", "steps", "not zero", "size", "acc", "F1", "agree", "ms/text", "faster", "steps s"]
+    rows = [
+        [
+            row.student,
+            row.steps,
+            f"{row.nonzero:,}",
+            _size(row.bytes),
+            *(f"{100 * share:.1f}" for share in (row.accuracy, row.macro_f1, row.agreement)),
+            f"{row.ms:.2f}",
+            f"{row.times_faster:.1f}x",
+            f"{row.seconds:.1f}",
+        ]
+        for row in found
+    ]
+    return f"\n\n{_columns(head, rows)}\n\nFaster: than the student as it was distilled, in PyTorch; on one thread."
 
 
 def _cost_line(result) -> str:

@@ -544,6 +544,33 @@ class AugmentOptions(Strict):
         return self
 
 
+class PruneOptions(Strict):
+    """What of a student is set to zero: the smallest weights, attention heads that matter least, or both."""
+
+    magnitude: float | None = None  # a share of the weights, above 0 and below 1
+    scope: Literal["matrix", "all"] = "matrix"  # the smallest of each matrix, or of all of them together
+    heads: float | None = None  # a share of the heads, above 0 and below 1
+
+    @model_validator(mode="after")
+    def _something_of_it(self) -> PruneOptions:
+        for name in ("magnitude", "heads"):
+            share = getattr(self, name)
+            if share is not None and share >= 1:
+                raise ValueError(
+                    f"{name} {share:g} would prune the student to nothing: give a share below 1, such as 0.5"
+                )
+            if share is not None and not share > 0:
+                raise ValueError(f"{name} {share:g} prunes nothing: give a share above 0 and below 1, such as 0.5")
+        if self.magnitude is None and self.heads is None:
+            raise ValueError("say what to prune: a share of the weights (magnitude), of the heads (heads), or both")
+        return self
+
+    def say(self) -> str:
+        """In a few words: 'magnitude 0.5, heads 0.25'."""
+        parts = [f"{name} {share:g}" for name in ("magnitude", "heads") if (share := getattr(self, name)) is not None]
+        return ", ".join(parts)
+
+
 class StudentOptions(Strict):
     """How one student is built and trained."""
 
@@ -563,6 +590,8 @@ class StudentOptions(Strict):
     patience: int | None = Field(default=None, ge=1)  # epochs without a better score before stopping
     rows: int | None = Field(default=None, ge=2)  # learn from the first so many of the cache, for a trial
     seed: int = Field(default=0, ge=0, lt=2**32)  # numpy takes no larger one
+    from_run: str | None = None  # a finished run, whose student is trained further; what was pruned of it stays zero
+    prune: PruneOptions | None = None  # before the first step; what is pruned stays zero
 
     @field_validator("temperature", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from softlabels.cache import Cache
 from softlabels.corpus import Corpus, encode_labels
-from softlabels.errors import CacheError, CorpusError, StudentError
+from softlabels.errors import CacheError, CorpusError
 from softlabels.runs import Run, load_run
+from softlabels.students.exported import OnnxStudent
 from softlabels.tokens import pad_batch, token_hash, tokenize
 from softlabels.types import NO_LABEL, Example
 
@@ -68,6 +69,7 @@ class Evaluation:
     averages: dict[str, dict[str, float]]
     fidelity: Fidelity | None
     parameters: int
+    nonzero: int  # of the parameters; fewer where the student was pruned
     bytes: int
     latency: Latency
 
@@ -96,6 +98,7 @@ def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evalua
         averages=averages,
         fidelity=None if cache is None else _fidelity(student, corpus, logits, cache, labels),
         parameters=student.parameters,
+        nonzero=student.nonzero,
         bytes=student.size_on_disk,
         latency=_latency(student, [corpus.examples[row] for row in rows], cache),
     )
@@ -174,6 +177,8 @@ def _latency(student: Run, examples: Sequence[Example], cache: Cache | None) -> 
     theirs: list[float] = []
     threads = torch.get_num_threads()
     warm = len(chosen[:3])  # texts that are only there to warm up
+    if isinstance(student.student, OnnxStudent):
+        student = replace(student, student=student.student.with_threads(1))
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
     try:
         for example in (*chosen[:warm], *chosen):
@@ -225,34 +230,3 @@ def _teacher_clock(cache: Cache) -> _TeacherClock | None:
         return model(**pad_batch(tokens, pad_token_id=cache.manifest.teacher.pad_token_id).model_inputs()).logits
 
     return _TeacherClock(answer, size)
-
-
-# ----------------------------------------------------------------------------------------------------------- predict
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a student says of one text."""
-
-    text: str
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-
-def predict(run: Path, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:
-    """The student's class for every text (or pair of texts), with its probability (softmax of its logits, T = 1)."""
-    student = load_run(run)
-    if student.record.task != "sequence-classification":
-        raise StudentError(f"{run} is a {student.record.task} student: it has no classes to predict")
-    examples = [
-        Example(str(i), text, None) if isinstance(text, str) else Example(str(i), text[0], text[1])
-        for i, text in enumerate(texts)
-    ]
-    rows = torch.from_numpy(student.logits(examples)).softmax(-1).tolist()
-    names = student.label_names
-    best = [max(range(len(names)), key=row.__getitem__) for row in rows]
-    return [
-        Prediction(example.text, names[i], row[i], dict(zip(names, row, strict=True)))
-        for example, row, i in zip(examples, rows, best, strict=True)
-    ]

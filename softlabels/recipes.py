@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,7 @@ from softlabels.config import (
     AugmentOptions,
     CombineOptions,
     DumpOptions,
+    PruneOptions,
     Strict,
     StudentOptions,
     TeacherTraining,
@@ -62,14 +63,69 @@ class EnsembleTeacher(TeacherChoice):
     corpus: CorpusChoice | None = None
 
 
+class Retraining(Strict):
+    """What a training from the same cache, of a student that was trained before, does otherwise than the first one."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+
+
+class CompressStep(Strict):
+    """One of: `prune`, `retrain` (distil again, what was pruned stays zero), and `onnx` or `int8`, which come last."""
+
+    prune: PruneOptions | None = None
+    retrain: Retraining | None = None
+    export: Literal["onnx", "int8"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, value: Any) -> Any:
+        if value == "retrain" or value == {"retrain": None}:
+            return {"retrain": {}}
+        return {"export": value} if value in ("onnx", "int8") else value
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> CompressStep:
+        if sum(part is not None for part in (self.prune, self.retrain, self.export)) != 1:
+            raise ValueError("a step is one of {prune: {magnitude: 0.5}}, retrain, onnx and int8")
+        return self
+
+    def say(self) -> str:
+        """In a few words: 'prune magnitude 0.5'."""
+        if self.prune is not None:
+            return f"prune {self.prune.say()}"
+        return self.export or "retrain"
+
+
 class StudentEntry(StudentOptions):
-    """One student of a recipe; with `hard_twin`, the same student on hard labels alone is trained beside it."""
+    """One student of a recipe; with `hard_twin`, the same student on hard labels alone is trained beside it.
+
+    `compress` lists chains of steps, each starting from the trained student and each a row of a table of its own.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     hard_twin: bool = True
     hard_epochs: int | None = Field(default=None, ge=1)  # the twin sees fewer rows, and may need more epochs
     direct_twin: bool = False  # with assistants: the same student, from the teacher's own cache, beside it
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
+    compress: list[Annotated[list[CompressStep], Field(min_length=1)]] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _chains_can_be(self) -> StudentEntry:
+        if self.compress and self.student == "linear":
+            raise ValueError(f"student '{self.name}' is linear, and no network to compress: leave out 'compress'")
+        for chain in self.compress:
+            words = ", ".join(step.say() for step in chain)
+            if any(step.export for step in chain[:-1]):
+                raise ValueError(f"student '{self.name}': nothing can follow onnx or int8 in the steps '{words}'")
+            if self.student != "transformer" and any(step.prune and step.prune.heads for step in chain):
+                raise ValueError(
+                    f"student '{self.name}' is a {self.student}, which has no attention heads: prune a magnitude "
+                    f"instead"
+                )
+            if sum([step.say() for step in chain] == [step.say() for step in other] for other in self.compress) > 1:
+                raise ValueError(f"student '{self.name}': the steps '{words}' are given twice")
+        return self
 
 
 class Assistant(StudentOptions):
@@ -234,7 +290,7 @@ class FederatedRecipe(Strict):
     """Parties that tell each other logits on a common corpus, and nothing else: FedMD, FedDF.
 
     Every party trains a `teacher` on rows of its own and dumps its logits on the common corpus; the caches are
-    combined, and every party's `student` learns from the consensus. With `revisit` it then goes on, on the party's own labels
+    combined, and every party's `student` learns from the consensus. With `revisit` it then goes on, on its own labels
     (FedMD's 'revisit'); of several `rounds` that is the party's teacher in the next.
     """
 

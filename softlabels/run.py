@@ -28,6 +28,7 @@ from softlabels.augment import augment
 from softlabels.cache import open_cache
 from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
+from softlabels.compression import CompressedRow, Distilled, Tools, check_chains, compress, tabulate
 from softlabels.config import (
     ASSISTANT,
     BASE,
@@ -85,6 +86,7 @@ class RunResult:
     cache_rows: int
     cache_bytes: int
     skipped: int  # stages whose inputs hadn't changed
+    compressed: list[CompressedRow]  # of the students with `compress`; empty without one
     # of several teachers the accuracy of each; `teacher_accuracy` is then that of what they say together
     teacher_accuracies: list[float | None] = field(default_factory=list)
 
@@ -165,6 +167,7 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     """What can be known to fail is told now, not after the hours that the teacher takes."""
     for entry in recipe.students:
         check_options(_options(entry, "soft", entry.seeds[0], recipe.pretrain))
+        check_chains(entry.compress)
     for options in ([recipe.pretrain.student] if recipe.pretrain else []) + recipe.assistants:
         check_options(options)
     check_recipe(recipe)
@@ -420,12 +423,19 @@ def _student(
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
-) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations of a student and of its twins, one a seed each.
+) -> dict[str, list[Any]]:
+    """The evaluations of a student, of its twins, and of what `compress` makes of it, one a seed each.
 
     'hard' learned from labels alone, 'direct' from the teacher's own cache and not from that of an assistant.
     """
-    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": [], "direct": []}
+    found: dict[str, list[Any]] = {"soft": [], "hard": [], "direct": [], "compressed": []}
+    tools = Tools(
+        stages.run,
+        train=partial(_train, Path(cache.path), cpu=cpu),
+        evaluate=lambda run: _evaluate(run, corpora, Path(test.path)),
+        cache=Path(cache.path),
+        test_key=test.key,
+    )
     wanted = {"soft": True, "hard": entry.hard_twin, "direct": entry.direct_twin}
     for kind in (kind for kind, asked in wanted.items() if asked):
         source = direct if kind == "direct" else cache
@@ -442,6 +452,8 @@ def _student(
                 f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
             )
             found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
+            if kind == "soft" and entry.compress:
+                found["compressed"].append(compress(Distilled(run, key, options), entry.compress, tools))
     return found
 
 
@@ -499,7 +511,7 @@ def _table(
     recipe: Recipe,
     out: Path,
     hops: list[_Hop],
-    results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
+    results: list[tuple[StudentEntry, dict[str, list[Any]]]],
     cache: Made,
     teacher_seconds: float,
     skipped: int,
@@ -523,6 +535,12 @@ def _table(
         cache_rows=cache.found["rows"],
         cache_bytes=cache.found["bytes"],
         skipped=skipped,
+        compressed=[
+            row
+            for entry, found in results
+            if entry.compress
+            for row in tabulate(entry.name, entry.compress, found["soft"], found["compressed"])
+        ],
     )
 
 

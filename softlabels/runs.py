@@ -3,6 +3,7 @@
     run.json                     what was trained, how, on which cache, and the hash of every file below
     config.json model.safetensors    a torch student, as `save_pretrained` writes it; or model.skops (linear)
     tokenizer.json tokenizer_config.json …    the teacher's tokenizer, which a torch student reads with
+    model.onnx or model.int8.onnx, tokenizer.json    an exported student instead, see `softlabels.students.exported`
 
 run.json is written last: its existence means that the run is whole. Runs come from other people too, so
 nothing here is a pickle, no code is loaded from a folder, and a file that isn't the one that was saved is
@@ -24,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from softlabels.cache.files import hash_file, sync_folder, write_file
 from softlabels.cache.format import TEMPORARY
-from softlabels.config import explain
+from softlabels.config import PruneOptions, explain
 from softlabels.errors import SoftlabelsError, StudentError
+from softlabels.students.exported import TOKENIZER, ExportCard, OnnxFiles, OnnxStudent, load_exported
 from softlabels.types import Example, Task
 
 if TYPE_CHECKING:
@@ -35,6 +37,26 @@ if TYPE_CHECKING:
 
 RECORD = "run.json"
 VERSION = 1
+
+
+class Pruned(BaseModel):
+    """What was set to zero; training the run further keeps every zero of its matrices."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    magnitude: float | None = None  # the share of the weights that was asked for
+    heads: list[str] = []  # LAYER.HEAD, numbered from 1
+    heads_by: str | None = None  # what they were chosen by: 'gradients' or 'weights'
+
+
+def merge_pruned(before: Pruned | None, options: PruneOptions, heads: list[str], by: str | None) -> Pruned:
+    """What run.json says of a pruning, and of one before it."""
+    earlier = [] if before is None else before.heads
+    return Pruned(
+        magnitude=options.magnitude if options.magnitude is not None else before.magnitude if before else None,
+        heads=[*earlier, *(head for head in heads if head not in earlier)],
+        heads_by=by if by is not None or before is None else before.heads_by,
+    )
 
 
 class RunRecord(BaseModel):
@@ -62,6 +84,8 @@ class RunRecord(BaseModel):
     history: list[dict[str, float]] = []  # one entry an epoch
     cache: dict[str, Any]  # teacher's name, weights_hash, identity of the cache, and its path as given
     versions: dict[str, str]
+    pruned: Pruned | None = None
+    exported: ExportCard | None = None
     files: dict[str, str] = {}  # path inside the run: xxh3-128 (hex) of the file
 
 
@@ -71,21 +95,41 @@ class Run:
 
     path: Path
     record: RunRecord
-    student: PreTrainedModel | LinearStudent
-    tokenizer: PreTrainedTokenizerBase | None  # None: the linear student reads the text itself
+    student: PreTrainedModel | LinearStudent | OnnxStudent
+    tokenizer: PreTrainedTokenizerBase | None  # None: the linear student and the exported one read the text themselves
 
     @property
     def label_names(self) -> list[str]:
         return self.record.label_names
 
     @property
+    def kind(self) -> str:
+        """'bilstm', 'transformer' …, or what it was exported as: 'bilstm in ONNX int8'."""
+        card = self.record.exported
+        return self.record.student if card is None else f"{self.record.student} in ONNX{' int8' if card.int8 else ''}"
+
+    @property
     def parameters(self) -> int:
         """Numbers that were trained."""
+        if self.record.exported is not None:
+            return self.record.exported.parameters
         from softlabels.students.linear import LinearStudent
 
+        assert not isinstance(self.student, OnnxStudent)
         if isinstance(self.student, LinearStudent):
             return self.student.parameters
         return sum(parameter.numel() for parameter in self.student.parameters())
+
+    @property
+    def nonzero(self) -> int:
+        """Those of the numbers that are not zero; of an exported student, before it was."""
+        if self.record.exported is not None:
+            return self.record.exported.nonzero
+        import torch
+
+        if isinstance(self.student, torch.nn.Module):
+            return sum(int(torch.count_nonzero(parameter)) for parameter in self.student.parameters())
+        return self.parameters
 
     @property
     def size_on_disk(self) -> int:
@@ -94,6 +138,8 @@ class Run:
 
     def logits(self, examples: Sequence[Example], *, batch_size: int = 64) -> np.ndarray:
         """Logits (N, C) float32 of `examples`, in their order."""
+        if isinstance(self.student, OnnxStudent):
+            return self.student.logits(examples, batch_size=batch_size)
         from softlabels.students.linear import LinearStudent
 
         if isinstance(self.student, LinearStudent):
@@ -139,7 +185,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def save_run(
     out: Path,
-    student: PreTrainedModel | LinearStudent,
+    student: PreTrainedModel | LinearStudent | OnnxFiles,
     record: RunRecord,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -148,7 +194,7 @@ def save_run(
     last.
 
     A kill leaves no run.json, or a whole run. The linear student reads the text itself and is saved without
-    the tokenizer.
+    the tokenizer; an exported one brings its own.
     """
     out.mkdir(parents=True, exist_ok=True)
     draft = out / f"{TEMPORARY}run"
@@ -169,8 +215,11 @@ def save_run(
 
 
 def _write_files(
-    folder: Path, student: PreTrainedModel | LinearStudent, tokenizer: PreTrainedTokenizerBase | None
+    folder: Path, student: PreTrainedModel | LinearStudent | OnnxFiles, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
+    if isinstance(student, OnnxFiles):
+        student.save(folder)
+        return
     from safetensors import SafetensorError
 
     from softlabels.pretrained import quiet_transformers
@@ -236,11 +285,13 @@ def read_record(path: str | Path) -> RunRecord:
 def load_run(path: str | Path) -> Run:
     """The run in folder `path`, its files checked against run.json; StudentError says what is wrong.
 
-    Only safetensors and skops are read, and no code from the folder is run.
+    Only safetensors, skops and ONNX are read, and no code from the folder is run.
     """
     folder = Path(path)
     record = read_record(folder)
     _check_files(folder, record)
+    if record.exported is not None:
+        return Run(folder, record, _load_exported(folder, record, record.exported), None)
     from softlabels.students import LINEAR, check_student, load_student
 
     if check_student(record.student) == LINEAR:
@@ -271,6 +322,13 @@ def _load_linear(folder: Path, record: RunRecord) -> LinearStudent:
             f"{RECORD} names {len(record.label_names)} classes"
         )
     return student
+
+
+def _load_exported(folder: Path, record: RunRecord, card: ExportCard) -> OnnxStudent:
+    lacking = sorted({card.file, TOKENIZER} - record.files.keys())
+    if lacking:
+        raise StudentError(f"{folder / RECORD} is damaged: it names no {lacking[0]}, which an exported student has")
+    return load_exported(folder, card, max_length=record.max_length, classes=len(record.label_names))
 
 
 def _check_files(folder: Path, record: RunRecord) -> None:

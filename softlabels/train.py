@@ -35,11 +35,12 @@ from softlabels.optimizer import ParameterGroup, build_optimizer, clip_gradients
 from softlabels.phases import frozen, parameters_of, write_out
 from softlabels.progress import progress
 from softlabels.projections import Projections, ProjectionSpec
-from softlabels.runs import RunRecord, save_run
+from softlabels.pruning import keep_zeros, prune_student
+from softlabels.runs import Pruned, Run, RunRecord, load_run, merge_pruned, read_record, save_run
 from softlabels.students import LINEAR, StudentSpec, build_student, check_student, count_layers, student_batch
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.teaching_rows import Split, labelled_rows, split_rows, teaching_rows
-from softlabels.tokens import batches_by_length, pad_batch
+from softlabels.tokens import batches_by_length, longest_input, pad_batch
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, LayerGroup, Signals, TokenBatch
 
 
@@ -89,7 +90,8 @@ def train_student(
     task = cache.manifest.teacher.task
     _check_task(cache, options, validation)
     spec = _student_spec(cache, options)
-    layers = None if options.student == LINEAR else count_layers(options.student, spec)
+    source = _read_source(options, cache, out)
+    layers = _layers(options, spec, source)
     phases = write_out(options.all_phases(), student_layers=layers, teacher_layers=teacher_layers(cache))
     objectives = [build_objective(phase, cache, student_layers=layers) for phase in phases]
     splits = split_rows(
@@ -106,11 +108,11 @@ def train_student(
         else:
             used = np.unique(np.concatenate([split.train for split in splits]))
             spec = replace(spec, used_ids=cache.used_ids(used), sequences=lambda: cache.sequences(used))
-            outcome = _train_network(cache, options, stretches, spec, out=out, cpu=cpu)
+            outcome = _train_network(cache, options, stretches, spec, source, out=out, cpu=cpu)
         last = phases[-1]
         record = RunRecord(
             student=options.student,
-            options=options.options,
+            options=options.options if source is None else source.record.options,
             label_names=cache.label_names,
             task=task,
             max_length=cache.manifest.dump.max_length,
@@ -127,6 +129,7 @@ def train_student(
             history=outcome.history,
             cache=_cache_card(cache),
             versions=package_versions("torch", "transformers", "scikit-learn"),
+            pruned=outcome.pruned,
         )
         save_run(out, outcome.student, record, tokenizer=cache.tokenizer())
         drop_checkpoint(out)
@@ -144,8 +147,18 @@ def train_student(
 
 def check_options(options: StudentOptions) -> None:
     """StudentError or ConfigError for what no cache could make possible."""
+    if options.from_run is not None and options.options:
+        raise ConfigError(
+            f"a student that is trained further is what it was: leave out the options {', '.join(options.options)}"
+        )
+    if options.prune is not None and options.prune.heads is not None and options.student != "transformer":
+        raise StudentError(
+            f"student '{options.student}' has no attention heads that can be pruned: give a magnitude instead"
+        )
     if check_student(options.student) != LINEAR:
         return
+    if options.prune is not None:
+        raise ConfigError("the linear student is fitted in one go, and its weights can't be pruned: leave 'prune' out")
     if options.phases:
         raise ConfigError("the linear student is fitted in one go: give it 'losses' and no 'phases'")
     if options.loss_names() not in ({"mse_logits"}, {"ce"}):
@@ -240,15 +253,24 @@ class _Outcome:
     validation: dict[str, float]
     history: list[dict[str, float]]
     seconds: float
+    pruned: Pruned | None = None
 
 
 def _train_network(
-    cache: Cache, options: StudentOptions, stretches: list[_Stretch], spec: StudentSpec, *, out: Path, cpu: bool
+    cache: Cache,
+    options: StudentOptions,
+    stretches: list[_Stretch],
+    spec: StudentSpec,
+    source: Run | None,
+    *,
+    out: Path,
+    cpu: bool,
 ) -> _Outcome:
     """Phase after phase; each starts from the weights of the best epoch of the one before."""
     set_seed(options.seed)
-    student = build_student(options.student, spec)
+    student = build_student(options.student, spec) if source is None else _network_of(source)
     _refuse_misfit(student, cache)
+    pruned = _prune(student, options, source)
     _try_out(student, cache, stretches)
     attention = student.config._attn_implementation
     state = Progress.of(out)
@@ -268,7 +290,18 @@ def _train_network(
     student.eval()
     best = next(entry for entry in state.history if entry["epoch"] == state.best_epoch)
     validation = {name: value for name, value in best.items() if name not in ("epoch", "phase", "train/loss")}
-    return _Outcome(student.cpu(), state.epoch, state.best_epoch, validation, state.history, state.seconds)
+    return _Outcome(student.cpu(), state.epoch, state.best_epoch, validation, state.history, state.seconds, pruned)
+
+
+def _prune(student: PreTrainedModel, options: StudentOptions, source: Run | None) -> Pruned | None:
+    """Zeros that were pruned before stay; `options.prune` adds some. What run.json will say of all of them."""
+    pruned = None if source is None else source.record.pruned
+    if options.prune is not None:
+        heads = prune_student(student, options.prune)
+        pruned = merge_pruned(pruned, options.prune, heads, "weights" if options.prune.heads is not None else None)
+    if pruned is not None:
+        keep_zeros(student)
+    return pruned
 
 
 def _try_out(student: PreTrainedModel, cache: Cache, stretches: list[_Stretch]) -> None:
@@ -488,6 +521,52 @@ def _check_task(cache: Cache, options: StudentOptions, validation: Corpus | None
         raise ConfigError(f"the student of a {task} is validated on held-out rows of its cache: leave --eval out")
 
 
+def _read_source(options: StudentOptions, cache: Cache, out: Path) -> Run | None:
+    """The run that is trained further; StudentError where it doesn't fit the cache."""
+    if options.from_run is None:
+        return None
+    source = load_run(options.from_run)
+    if out.resolve() == source.path.resolve():
+        raise StudentError(f"--out {out} is the run that is trained further: give another folder")
+    student = _network_of(source)
+    if options.student != source.record.student:
+        raise StudentError(f"{source.path} is a {source.record.student} student, not a {options.student}")
+    if source.label_names != cache.label_names:
+        raise StudentError(
+            f"{source.path} has the classes {', '.join(source.label_names)}, cache {cache.path} "
+            f"{', '.join(cache.label_names)}: train it further from a cache of its own teacher"
+        )
+    assert source.tokenizer is not None
+    if source.tokenizer.get_vocab() != cache.tokenizer().get_vocab():
+        raise StudentError(
+            f"{source.path} reads other tokens than cache {cache.path} holds: train it further from a cache of a "
+            f"teacher with the same tokenizer"
+        )
+    limit = longest_input(source.tokenizer, student.config)
+    if cache.manifest.dump.max_length > limit:
+        raise StudentError(
+            f"{source.path} reads {limit} tokens at most, and rows of cache {cache.path} have up to "
+            f"{cache.manifest.dump.max_length}: dump it with --max-length {limit}"
+        )
+    return source
+
+
+def _network_of(source: Run) -> PreTrainedModel:
+    if not isinstance(source.student, PreTrainedModel):
+        raise StudentError(f"{source.path} is a {source.kind} student, and only torch students are trained further")
+    return source.student
+
+
+def _layers(options: StudentOptions, spec: StudentSpec, source: Run | None) -> int | None:
+    """How many layers with hidden states and attention the student has; None for one that has none."""
+    if options.student == LINEAR:
+        return None
+    if source is None:
+        return count_layers(options.student, spec)
+    layers = getattr(_network_of(source).config, "num_hidden_layers", None)
+    return layers if options.student == "transformer" else None
+
+
 def _student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
     """What the cache asks of any student; the tokens of its training rows are filled in when they are read."""
     teacher = cache.manifest.teacher
@@ -520,7 +599,8 @@ def _refuse_misfit(student: PreTrainedModel, cache: Cache) -> None:
 def _configuration(cache: Cache, options: StudentOptions, validation: Corpus | None) -> dict[str, Any]:
     """What decides a run's result: two runs with the same one may share a folder."""
     evaluated = None if validation is None else validation.hash
-    return options.model_dump() | {"cache": cache.identity(), "eval": evaluated}
+    source = None if options.from_run is None else read_record(options.from_run).files
+    return options.model_dump() | {"cache": cache.identity(), "eval": evaluated, "from_files": source}
 
 
 def _cache_card(cache: Cache) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, CorpusError
-from softlabels.evaluate import evaluate, predict
+from softlabels.evaluate import evaluate
+from softlabels.predict import predict
 from softlabels.runs import RunRecord, load_run, save_run
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.teacher import load_teacher

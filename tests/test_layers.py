@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
     "cli": ["__main__", "cli"],
-    "run": ["federated", "run"],
-    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate"],
+    "run": ["federated", "run", "compression"],
+    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate", "predict", "prune", "export"],
     "part": [
         "augmenters",
         "cache",
@@ -31,6 +31,7 @@ LAYERS = {
         "engines",
         "fine_tuning",
         "foresight",  # of a recipe, before its stages
+        "heads",
         "images",
         "labels",
         "layer_maps",
@@ -45,6 +46,7 @@ LAYERS = {
         "pretrained",
         "progress",
         "projections",
+        "pruning",
         "recipes",
         "runs",
         "scratch",
@@ -60,7 +62,7 @@ LAYERS = {
 }
 MAY_IMPORT = {
     "cli": {"cli", "run", "stage", "part", "base"},
-    "run": {"stage", "part", "base"},
+    "run": {"run", "stage", "part", "base"},
     "stage": {"part", "base"},
     "part": {"part", "base"},
     "base": {"base"},

@@ -191,7 +191,7 @@ def every_state(readings: list[Tensor], lengths: Tensor) -> Tensor:
 
 def last_state(readings: list[Tensor], lengths: Tensor) -> Tensor:
     """What each direction says after its last token, side by side (B, D)."""
-    rows = torch.arange(len(lengths), device=lengths.device)
+    rows = torch.arange(lengths.shape[0], device=lengths.device)  # len() would be a constant of an exported graph
     return torch.cat([states[rows, lengths - 1] for states in readings], dim=-1)
 
 

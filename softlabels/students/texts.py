@@ -81,16 +81,16 @@ def after_separator(input_ids: Tensor, separators: Sequence[int]) -> Tensor:
     ends = torch.zeros_like(input_ids, dtype=torch.bool)
     for separator in separators:
         ends = ends | (input_ids == separator)
-    begun = (~ends).cumsum(1) > 0
-    return (ends & begun).cumsum(1) > 0
+    begun = (~ends).long().cumsum(1) > 0
+    return (ends & begun).long().cumsum(1) > 0
 
 
 def gather_words(rows: Tensor, words: Tensor) -> Words:
     """The entries of `rows` (B, L) where `words` (B, L) is true, moved to the left, each text in its order."""
     longest = rows.shape[1]
     lengths = words.sum(1)
-    places = torch.where(words, words.cumsum(1) - 1, longest)  # what is no word falls into a last column
-    gathered = rows.new_zeros(len(rows), longest + 1).scatter(1, places, rows)[:, :longest]
+    places = torch.where(words, words.long().cumsum(1) - 1, longest)  # what is no word falls into a last column
+    gathered = rows.new_zeros(rows.shape[0], longest + 1).scatter(1, places, rows)[:, :longest]
     # an exported graph's shapes can't follow from its values
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         gathered = gathered[:, : max(int(lengths.max()), 1)]

@@ -81,7 +81,7 @@ class WordAverageStudent(PreTrainedModel):
         words = self.embedding.find_words(rows, attention_mask)
         total = (self.embedding.look_up(rows) * words[:, :, None]).sum(1)  # (B, width)
         mean = self.dropout(total / words.sum(1, keepdim=True).clamp(min=1))
-        one = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
+        one = torch.ones(mean.shape[0], dtype=torch.int64, device=mean.device)
         states = last_state(self.lstm(mean[:, None], one), one)  # (B, 2 · hidden_size)
         features = self.dropout(self.fc(states).relu())  # (B, fc_size)
         return SequenceClassifierOutput(logits=self.classifier(features))

@@ -194,7 +194,7 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
         recipe = read_recipe(recipe_name)
         for entry in recipe.students:
             options = entry.model_dump(exclude_unset=True)
-            for key in ("name", "hard_twin", "hard_epochs", "seeds"):
+            for key in ("name", "hard_twin", "hard_epochs", "seeds", "compress"):
                 options.pop(key, None)
             options["options"] = fit_student(recipe_name, entry.options, recipe, task, folder)
             if recipe.pretrain is not None and recipe_name in ("minilm", "minilm-v2"):
