@@ -33,7 +33,8 @@ from softlabels.foresight import check_recipe
 from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
-from softlabels.train import check_options, train_student
+from softlabels.train import train_student
+from softlabels.training.preparing import check_options
 from softlabels.types import Task
 
 

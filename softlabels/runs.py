@@ -60,6 +60,7 @@ class RunRecord(BaseModel):
     labelled_rows: int
     validation: dict[str, float]
     history: list[dict[str, float]] = []  # one entry an epoch
+    together: dict[str, Any] = {}  # with what other students or tasks it was trained, and how they were coupled
     cache: dict[str, Any]  # teacher's name, weights_hash, identity of the cache, and its path as given
     versions: dict[str, str]
     files: dict[str, str] = {}  # path inside the run: xxh3-128 (hex) of the file

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 LAYERS = {
     "cli": ["__main__", "cli"],
     "run": ["run"],
-    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate"],
+    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "joint", "multitask", "evaluate"],
     "part": [
         "augmenters",
         "cache",
@@ -52,6 +52,7 @@ LAYERS = {
         "teaching_rows",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
+        "training",  # what the trainers share
         "word_vectors",
     ],
     "base": ["errors", "factors", "truncated", "types"],
