@@ -22,6 +22,7 @@ LAYERS = {
     "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "joint", "multitask", "evaluate"],
     "part": [
         "augmenters",
+        "averages",
         "cache",
         "captures",
         "checkpoint",
