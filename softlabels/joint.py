@@ -2,7 +2,7 @@
 
 'global' learns the teacher's output distribution, 'local' what lies below it (hidden states, attention); in fact each
 learns by whatever losses it is given. Beside its own, each has the coupling's (Deep Mutual Learning, Zhang et al. 2018,
-equations 3 to 6, with a temperature and an L2 pull beside):
+with a temperature, and an L2 pull beside):
 
     L_i = own_i + kl · T² · KL(p_j ‖ p_i) + l2 · ‖z_i − z_j‖²
 

@@ -28,6 +28,7 @@ LAYERS = {
         "checkpoint",
         "config",
         "corpus",
+        "docstring_kinds",
         "docstrings",
         "engines",
         "fine_tuning",
