@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from softlabels.cache.build import tokenizer_hash
 from softlabels.captures import parse_captures, resolve_layers
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
@@ -20,10 +21,11 @@ from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, StudentOpt
 from softlabels.errors import ConfigError, StudentError, TeacherError
 from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
-from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import Pretraining, Recipe, TeacherChoice
+from softlabels.pretrained import load_tokenizer, resolve_pretrained
+from softlabels.recipes import MultiTaskRecipe, Pretraining, Recipe, TeacherChoice
 from softlabels.students import LINEAR, StudentSpec, count_layers
 from softlabels.teacher import teacher_task
+from softlabels.training.many_tasks import task_options
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field
 
 
@@ -39,6 +41,25 @@ def check_recipe(recipe: Recipe) -> None:
     for entry in recipe.students:
         with _naming(entry.name):
             _check_student(entry, recipe.dump, recipe.teacher, recipe.pretrain)
+            if entry.joint is not None:
+                local = entry.joint_options().students["local"]
+                _check_student(local, recipe.dump, recipe.teacher, recipe.pretrain)
+
+
+def check_tasks_of_recipe(recipe: MultiTaskRecipe) -> None:
+    """The same of a student of several tasks; and ConfigError where their teachers' tokenizers are not one."""
+    for task in recipe.tasks:
+        with _naming(f"{recipe.name}/{task.name}"):
+            _check_student(task_options(recipe.student, task.name), task.dump, task.teacher, None)
+    folders = {task.name: _folder(task.teacher) for task in recipe.tasks}
+    known = {name: tokenizer_hash(load_tokenizer(folder)) for name, folder in folders.items() if folder is not None}
+    for name, mark in known.items():
+        first = next(iter(known))
+        if mark != known[first]:
+            raise ConfigError(
+                f"one encoder reads for all tasks, and the teachers of '{first}' and '{name}' have different "
+                f"tokenizers ({folders[first]}, {folders[name]}): tune both from one model"
+            )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,40 @@ from typing import Any
 from softlabels.augment import augment
 from softlabels.cache import open_cache
 from softlabels.cache.files import lock, write_file
-from softlabels.config import BASE, PRETRAINED, TEACHER, AugmentOptions, DumpOptions, StudentOptions, fingerprint
+from softlabels.config import (
+    BASE,
+    JOINT_NAMES,
+    PRETRAINED,
+    TEACHER,
+    AugmentOptions,
+    DumpOptions,
+    JointOptions,
+    StudentOptions,
+    fingerprint,
+)
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
-from softlabels.foresight import check_recipe
+from softlabels.foresight import check_recipe, check_tasks_of_recipe
+from softlabels.joint import train_joint
+from softlabels.multitask import train_multitask
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice
+from softlabels.recipes import (
+    CorpusChoice,
+    MultiTaskRecipe,
+    Pretraining,
+    Recipe,
+    StudentEntry,
+    TeacherChoice,
+    alone_options,
+)
+from softlabels.runs import TOGETHER
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import train_student
+from softlabels.training.many_tasks import task_options
 from softlabels.training.preparing import check_options
+from softlabels.training.records import TrainReport
 from softlabels.types import Task
 
 
@@ -53,7 +76,10 @@ class Row:
     agreement: float
     ms: float
     times_faster: float | None  # None where the teacher is too large to be timed here
-    train_seconds: float  # of one soft-label student
+    train_seconds: float  # of one soft-label student; of students that train together, of all of them
+    accuracy_alone: float | None = None  # of what trained together: the same by itself, on the same losses
+    macro_f1_alone: float | None = None
+    teacher_accuracy: float | None = None  # where it has a teacher of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,26 +145,94 @@ def run_recipe(
         starts = _Starts(base=recipe.teacher.model, teacher=teacher)
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
-        results = [
-            (
-                entry,
-                _student(
-                    entry,
-                    stages,
-                    corpora,
-                    cache=cache,
-                    test=test,
-                    starts=starts,
-                    pretrain=recipe.pretrain,
-                    cpu=cpu,
-                ),
+        results: dict[str, _Found] = {}
+        for entry in recipe.students:
+            if entry.joint is not None:
+                results |= _pair(entry, stages, corpora, cache=cache, test=test, starts=starts, cpu=cpu)
+                continue
+            results[entry.name] = _student(
+                entry, stages, corpora, cache=cache, test=test, starts=starts, pretrain=recipe.pretrain, cpu=cpu
             )
-            for entry in recipe.students
-        ]
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
-        result = _table(recipe, out, results, cache, paid_once, stages.skipped)
+        result = _table(recipe.name, out, results, [cache], paid_once, stages.skipped)
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
     return result
+
+
+# the evaluations of a student, one a seed: 'soft', 'hard' (its twin's), 'alone' (of what trained together)
+_Found = dict[str, list[dict[str, Any]]]
+
+
+def run_tasks(
+    recipe: MultiTaskRecipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False
+) -> RunResult:
+    """The same for a recipe of several tasks: teacher and caches of each, then one encoder for all, and each alone.
+
+    The table has a row a task. Everything lies in `out`: task-NAME/ with its teacher and caches, students/seed0/NAME.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        stages = _Stages(out, say)
+        corpora = {task.name: _Corpora(task.corpus, task.teacher) for task in recipe.tasks}
+        for task in recipe.tasks:
+            check_options(task_options(recipe.student, task.name))
+            _check_corpora(f"{recipe.name}, task {task.name}", task.corpus, task.teacher, corpora[task.name])
+        check_tasks_of_recipe(recipe)
+        caches, tests, paid_once = {}, {}, 0.0
+        for task in recipe.tasks:
+            read, under = corpora[task.name], f"task-{task.name}"
+            teacher = _teacher(task.teacher, stages, read, cpu=cpu, under=under)
+            logits = task.dump.model_copy(update={"capture": ["logits"]})
+            common: dict[str, Any] = {"teacher": teacher, "cpu": cpu, "under": under}
+            caches[task.name] = _dump(task.dump, stages, "cache", read, "transfer", **common)
+            tests[task.name] = _dump(logits, stages, "cache-test", read, "test", **common)
+            paid_once += teacher.seconds + caches[task.name].seconds
+        results: dict[str, _Found] = {task.name: {"soft": [], "alone": []} for task in recipe.tasks}
+        for seed in recipe.seeds:
+            _together(recipe, seed, stages, corpora, caches=caches, tests=tests, results=results, cpu=cpu)
+        result = _table(recipe.name, out, results, list(caches.values()), paid_once, stages.skipped)
+        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+    return result
+
+
+def _together(
+    recipe: MultiTaskRecipe,
+    seed: int,
+    stages: _Stages,
+    corpora: dict[str, _Corpora],
+    *,
+    caches: dict[str, _Made],
+    tests: dict[str, _Made],
+    results: dict[str, _Found],
+    cpu: bool,
+) -> None:
+    """One encoder for all tasks, and a student for each alone, of a seed: their evaluations, added to `results`."""
+    options = recipe.student.model_copy(update={"seed": seed})
+    if options.options.get("init_from") == BASE:
+        folder = str(resolve_pretrained(recipe.tasks[0].teacher.model))
+        options = options.model_copy(update={"options": options.options | {"init_from": folder}})
+    out = stages.out / "students" / f"seed{seed}"
+    key = fingerprint([options.model_dump(), {name: cache.key for name, cache in caches.items()}])
+
+    def train() -> dict[str, Any]:
+        opened = {name: open_cache(cache.path) for name, cache in caches.items()}
+        return _go_on(out, partial(train_multitask, opened, out=out, options=options, cpu=cpu))
+
+    trained = stages.run(f"train-seed{seed}", key, train, makes=out / TOGETHER)
+    for task in recipe.tasks:
+        name, cache, test = task.name, caches[task.name], tests[task.name]
+        found = stages.run(
+            f"evaluate-{name}-seed{seed}",
+            [key, test.key],
+            partial(_evaluate, out / name, corpora[name], Path(test.path)),
+        )
+        results[name]["soft"].append(found | {"train_seconds": trained["seconds"]})
+        if recipe.alone:
+            alone = task_options(options, name)
+            results[name]["alone"].append(
+                _one(f"{name}-alone-seed{seed}", alone, stages, corpora[name], cache=cache, test=test, cpu=cpu)
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +264,17 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     if recipe.pretrain is not None:
         check_options(recipe.pretrain.student)
     check_recipe(recipe)
-    if recipe.corpus.test is None and recipe.corpus.test_source is None:
-        raise ConfigError(
-            f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
-        )
+    _check_corpora(recipe.name, recipe.corpus, recipe.teacher, corpora)
+
+
+def _check_corpora(name: str, choice: CorpusChoice, teacher: TeacherChoice, corpora: _Corpora) -> None:
+    """ConfigError or CorpusError where there is nothing to test on, or a teacher could not be trained."""
+    if choice.test is None and choice.test_source is None:
+        raise ConfigError(f"recipe {name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)")
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
-    if recipe.teacher.train is not None:
+    if teacher.train is not None:
         train = corpora.read("train")
         check_trainable(train)
         for use in ("transfer", "test"):
@@ -319,9 +416,9 @@ def _student(
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
-) -> dict[str, list[dict[str, Any]]]:
+) -> _Found:
     """The evaluations of a student and of its hard-label twin, one a seed each."""
-    found: dict[str, list[dict[str, Any]]] = {"soft": [], "hard": []}
+    found: _Found = {"soft": [], "hard": []}
     for kind in ("soft", "hard") if entry.hard_twin else ("soft",):
         for seed in entry.seeds:
             options = _started(_options(entry, kind, seed, pretrain), starts)
@@ -337,6 +434,81 @@ def _student(
             )
             found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
     return found
+
+
+def _one(
+    name: str,
+    options: StudentOptions,
+    stages: _Stages,
+    corpora: _Corpora,
+    *,
+    cache: _Made,
+    test: _Made,
+    cpu: bool,
+) -> dict[str, Any]:
+    """The evaluation of one student, `students/NAME`."""
+    run, key = stages.out / "students" / name, fingerprint([options.model_dump(), cache.key])
+    work = partial(_train, Path(cache.path), run, options, cpu=cpu)
+    trained = stages.run(f"train-{name}", key, work, makes=run / "run.json")
+    evaluated = stages.run(f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path)))
+    return evaluated | {"train_seconds": trained["seconds"]}
+
+
+def _pair(
+    entry: StudentEntry, stages: _Stages, corpora: _Corpora, *, cache: _Made, test: _Made, starts: _Starts, cpu: bool
+) -> dict[str, _Found]:
+    """The evaluations of two students that train together, of their average, and of each by itself and these averaged.
+
+    One row of the table each: NAME/global, NAME/local, NAME/average.
+    """
+    assert entry.joint is not None
+    rows: dict[str, _Found] = {name: {"soft": [], "alone": []} for name in (*JOINT_NAMES, "average")}
+    for seed in entry.seeds:
+        chosen = entry.joint_options(seed=seed)
+        students = {name: _started(options, starts) for name, options in chosen.students.items()}
+        chosen = chosen.model_copy(update={"students": students})
+        name = f"{entry.name}-joint-seed{seed}"
+        out, key = (
+            stages.out / "students" / name,
+            fingerprint([chosen.model_dump(), cache.key, _pretrained_key(starts)]),
+        )
+
+        def train(out: Path = out, chosen: JointOptions = chosen) -> dict[str, Any]:
+            return _go_on(out, partial(train_joint, open_cache(cache.path), out=out, options=chosen, cpu=cpu))
+
+        trained = stages.run(f"train-{name}", key, train, makes=out / TOGETHER)
+        runs = {student: out / student for student in JOINT_NAMES}
+        found = _alone_and_averaged(name, runs, [key, test.key], stages, corpora, test)
+        for student, evaluated in found.items():
+            rows[student]["soft"].append(evaluated | {"train_seconds": trained["seconds"]})
+        if entry.joint.alone:
+            runs = {student: stages.out / "students" / f"{entry.name}-{student}-seed{seed}" for student in JOINT_NAMES}
+            keys = []
+            for student, run in runs.items():
+                options = alone_options(chosen, student)
+                keys.append(fingerprint([options.model_dump(), cache.key, _pretrained_key(starts)]))
+                work = partial(_train, Path(cache.path), run, options, cpu=cpu)
+                stages.run(f"train-{run.name}", keys[-1], work, makes=run / "run.json")
+            found = _alone_and_averaged(f"{entry.name}-seed{seed}", runs, [*keys, test.key], stages, corpora, test)
+            for student, evaluated in found.items():
+                rows[student]["alone"].append(evaluated)
+    return {f"{entry.name}/{student}": found for student, found in rows.items()}
+
+
+def _alone_and_averaged(
+    name: str, runs: dict[str, Path], inputs: Any, stages: _Stages, corpora: _Corpora, test: _Made
+) -> dict[str, dict[str, Any]]:
+    """The evaluations of each of `runs` and, as 'average', of all together."""
+    found = {}
+    for student in (*runs, "average"):
+        one, *others = list(runs.values()) if student == "average" else [runs[student]]
+        work = partial(_evaluate, one, corpora, Path(test.path), others=others)
+        found[student] = stages.run(f"evaluate-{name}-{student}", inputs, work)
+    return found
+
+
+def _pretrained_key(starts: _Starts) -> str | None:
+    return starts.pretrained.key if starts.pretrained else None
 
 
 def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | None) -> StudentOptions:
@@ -385,51 +557,69 @@ def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dic
     return {"seconds": report.train_seconds, "epochs": report.epochs, "rows": report.rows}
 
 
-def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
-    return evaluate(run, corpora.read("test"), cache=open_cache(cache)).to_dict()
+def _go_on(out: Path, train: Callable[..., dict[str, TrainReport]]) -> dict[str, Any]:
+    """The same for what trains together in `out`."""
+    if (out / TOGETHER).exists():
+        shutil.rmtree(out)
+    try:
+        reports = train(resume=True)
+    except ConfigError:
+        if not (out / "options.json").exists():
+            raise
+        shutil.rmtree(out)
+        reports = train()
+    return {"seconds": max(report.train_seconds for report in reports.values())}
+
+
+def _evaluate(run: Path, corpora: _Corpora, cache: Path, *, others: Sequence[Path] = ()) -> dict[str, Any]:
+    return evaluate(run, corpora.read("test"), cache=open_cache(cache), others=others).to_dict()
 
 
 def _table(
-    recipe: Recipe,
-    out: Path,
-    results: list[tuple[StudentEntry, dict[str, list[dict[str, Any]]]]],
-    cache: _Made,
-    teacher_seconds: float,
-    skipped: int,
+    name: str, out: Path, results: dict[str, _Found], caches: list[_Made], teacher_seconds: float, skipped: int
 ) -> RunResult:
-    rows = []
-    for entry, found in results:
-        soft, hard = found["soft"], found["hard"]
-        rows.append(
-            Row(
-                student=entry.name,
-                seeds=len(soft),
-                parameters=soft[0]["parameters"],
-                bytes=round(mean(item["bytes"] for item in soft)),
-                accuracy_soft=mean(item["accuracy"] for item in soft),
-                macro_f1_soft=mean(item["macro_f1"] for item in soft),
-                accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
-                macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
-                agreement=mean(item["fidelity"]["agreement"] for item in soft),
-                ms=mean(item["latency"]["ms"] for item in soft),
-                times_faster=_mean_of_known([item["times_faster"] for item in soft]),
-                train_seconds=mean(item["train_seconds"] for item in soft),
-            )
-        )
-    every = [item for _, found in results for item in (*found["soft"], *found["hard"])]
-    fidelity = every[0]["fidelity"]
+    every = [item for found in results.values() for kind in found.values() for item in kind]
+    teachers = {student: found["soft"][0]["fidelity"]["teacher_accuracy"] for student, found in results.items()}
+    several = len(caches) > 1
+    rows = [
+        _row(student, found, teacher_accuracy=teachers[student] if several else None)
+        for student, found in results.items()
+    ]
     return RunResult(
-        recipe=recipe.name,
+        recipe=name,
         out=str(out),
         rows=rows,
-        teacher_accuracy=fidelity["teacher_accuracy"],
-        teacher_macro_f1=fidelity["teacher_macro_f1"],
+        teacher_accuracy=mean(teachers.values()),
+        teacher_macro_f1=mean(found["soft"][0]["fidelity"]["teacher_macro_f1"] for found in results.values()),
         teacher_parameters=every[0]["latency"]["teacher_parameters"],
         teacher_ms=_mean_of_known([item["latency"]["teacher_ms"] for item in every]),
         teacher_seconds=teacher_seconds,
-        cache_rows=cache.found["rows"],
-        cache_bytes=cache.found["bytes"],
+        cache_rows=sum(cache.found["rows"] for cache in caches),
+        cache_bytes=sum(cache.found["bytes"] for cache in caches),
         skipped=skipped,
+    )
+
+
+def _row(student: str, found: _Found, *, teacher_accuracy: float | None) -> Row:
+    soft = found["soft"]
+    others = {
+        f"{key}_{kind}": mean(item[key] for item in found[kind]) if found.get(kind) else None
+        for key in ("accuracy", "macro_f1")
+        for kind in ("hard", "alone")
+    }
+    return Row(
+        student=student,
+        seeds=len(soft),
+        parameters=soft[0]["parameters"],
+        bytes=round(mean(item["bytes"] for item in soft)),
+        accuracy_soft=mean(item["accuracy"] for item in soft),
+        macro_f1_soft=mean(item["macro_f1"] for item in soft),
+        agreement=mean(item["fidelity"]["agreement"] for item in soft),
+        ms=mean(item["latency"]["ms"] for item in soft),
+        times_faster=_mean_of_known([item["times_faster"] for item in soft]),
+        train_seconds=mean(item["train_seconds"] for item in soft),
+        teacher_accuracy=teacher_accuracy,
+        **others,
     )
 
 

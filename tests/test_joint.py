@@ -26,7 +26,7 @@ from softlabels.types import Example, Signals
 from tests.models import LABEL_NAMES, TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 
 TRANSFORMER = {"layers": 1, "hidden_size": 16, "heads": 4}
-LAYERS = [
+LAYERS: list[dict[str, Any]] = [
     {"loss": "hidden_mse", "map": "final", "project": "linear"},
     {"loss": "value_relation", "map": "final", "weight": 0.5},
 ]
@@ -116,7 +116,7 @@ def test_the_coupling_is_the_formula() -> None:
 @pytest.mark.parametrize("kind", ["transformer", "bilstm"])
 def test_without_a_coupling_each_is_as_if_alone(cache: Cache, tmp_path: Path, kind: str) -> None:
     small = {"embedding_dim": 8, "hidden_size": 8, "fc_size": 8}
-    local = {"losses": [*LAYERS, {"loss": "kl"}]}
+    local: dict[str, Any] = {"losses": [*LAYERS, {"loss": "kl"}]}
     if kind == "bilstm":
         local = {"student": "bilstm", "options": small, "losses": {"mse_logits": 1.0}}
     chosen = options({"kl": 0}, **local)
@@ -257,7 +257,7 @@ def test_what_cannot_be_a_pair_is_told(changes: dict[str, Any], told: str) -> No
 
 
 def test_what_cannot_be_coupled_is_told(place: Path, cache: Cache, tmp_path: Path) -> None:
-    linear = {"student": "linear", "options": {}, "losses": {"mse_logits": 1.0}}
+    linear: dict[str, Any] = {"student": "linear", "options": {}, "losses": {"mse_logits": 1.0}}
     mute = build_options(
         JointOptions, {"students": {name: student(losses=LAYERS) for name in ("global", "local")}}, where="test"
     )

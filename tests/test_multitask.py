@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from softlabels import multitask as multitask_module
 from softlabels.cache import Cache, open_cache
@@ -168,7 +168,8 @@ def test_losses_on_attention_see_the_shared_encoder(caches: dict[str, Cache], tm
     rows = [Example(str(i), text) for i, (text, _) in enumerate(TEXTS[:8])]
     for name in caches:
         run = load_run(tmp_path / "run" / name)
-        assert np.isfinite(run.logits(rows)).all() and run.student.config._attn_implementation == "sdpa"
+        assert isinstance(run.student, PreTrainedModel) and run.student.config._attn_implementation == "sdpa"
+        assert np.isfinite(run.logits(rows)).all()
 
 
 def test_the_best_epoch_is_that_of_all_tasks(caches: dict[str, Cache], tmp_path: Path) -> None:
