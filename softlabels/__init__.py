@@ -32,6 +32,8 @@ _PUBLIC = {
     "AugmentOptions": "softlabels.config",
     "DumpOptions": "softlabels.config",
     "StudentOptions": "softlabels.config",
+    "JointOptions": "softlabels.config",
+    "MultiTaskOptions": "softlabels.config",
     "read_corpus": "softlabels.corpus",
     "load_teacher": "softlabels.teacher",
     "train_teacher": "softlabels.teacher",
@@ -43,6 +45,8 @@ _PUBLIC = {
     "ImportOptions": "softlabels.config",
     "open_cache": "softlabels.cache",
     "train_student": "softlabels.train",
+    "train_joint": "softlabels.joint",
+    "train_multitask": "softlabels.multitask",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
     "predict": "softlabels.evaluate",
@@ -56,6 +60,8 @@ if TYPE_CHECKING:
     from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
+    from softlabels.config import JointOptions as JointOptions
+    from softlabels.config import MultiTaskOptions as MultiTaskOptions
     from softlabels.config import StudentOptions as StudentOptions
     from softlabels.corpus import read_column as read_column
     from softlabels.corpus import read_corpus as read_corpus
@@ -64,6 +70,8 @@ if TYPE_CHECKING:
     from softlabels.evaluate import evaluate as evaluate
     from softlabels.evaluate import predict as predict
     from softlabels.imports import import_logits as import_logits
+    from softlabels.joint import train_joint as train_joint
+    from softlabels.multitask import train_multitask as train_multitask
     from softlabels.recipes import read_recipe as read_recipe
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions
