@@ -15,6 +15,7 @@ encoder of the epoch that is best on all tasks together is saved, so that it is 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -165,17 +166,24 @@ class _Draws:
         self.tasks, self.options = tasks, options
         self.sizes = {name: len(task.rows) for name, task in tasks.items()}
         self.steps = sum(steps_an_epoch(task.stretch) for task in tasks.values())  # of an epoch
+        self._counts: dict[int, Counter[str]] = {}
 
     def of(self, epoch: int) -> list[str]:
         """The task of each step."""
         return draw_tasks(self.sizes, power=self.options.power, steps=self.steps, seed=self.options.seed, epoch=epoch)
 
+    def counts(self, epoch: int) -> Counter[str]:
+        """How often each task is drawn; worked out once an epoch."""
+        if epoch not in self._counts:
+            self._counts[epoch] = Counter(self.of(epoch))
+        return self._counts[epoch]
+
     def loader(self, name: str, epoch: int) -> CacheLoader:
         """The task's batches of the epoch, from where it stopped in the epochs before."""
-        before = sum(self.of(earlier).count(name) for earlier in range(epoch))
+        before = sum(self.counts(earlier)[name] for earlier in range(epoch))
         task, options = self.tasks[name], self.options
         batches = _batches(
-            task, batch_size=options.batch_size, seed=options.seed, skip=before, count=self.of(epoch).count(name)
+            task, batch_size=options.batch_size, seed=options.seed, skip=before, count=self.counts(epoch)[name]
         )
         return CacheLoader(task.cache, batches, task.stretch.objective.fields, LoadOptions(reuse=True))
 
