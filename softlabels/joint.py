@@ -10,6 +10,9 @@ p and z are probabilities at the coupling's temperature and logits; both are mea
 alone. Both come from one forward pass a batch; the paper computes p_j anew after i has moved. A student without a loss
 on logits of its own learns to answer from the other.
 
+On held-out rows each is judged by its own losses: the coupling's have a target that moves, and grow while the other
+comes to be sure. One without a loss on logits is judged by the other's on logits as well.
+
 Both see the same batches. Each draws its dropout from random numbers of its own, so that without a coupling it comes
 out as if it had been trained alone. Each is saved as it was in its own best epoch, in `out/global` and `out/local`.
 """
@@ -44,7 +47,9 @@ from softlabels.checkpoint import (
 from softlabels.config import JOINT_NAMES, Couple, JointOptions, StudentOptions, parse_schedule
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError
+from softlabels.losses import LOSSES
 from softlabels.losses.soft_targets import kl, mse_logits
+from softlabels.objective import Objective
 from softlabels.phases import frozen
 from softlabels.progress import progress
 from softlabels.runs import TOGETHER, save_run, write_together
@@ -83,9 +88,9 @@ def train_joint(
 ) -> dict[str, TrainReport]:
     """Train two coupled students from `cache` into the run folders `out/global` and `out/local`.
 
-    Rows, `validation` and `resume` are as for `train_student`; a row teaches both where it teaches one. Without a
-    validation corpus the held-out rows' losses, the coupling's among them, choose each student's best epoch. With
-    `patience` the training stops when it has run out for both. Raises ConfigError for students that can't be coupled.
+    Rows, `validation` and `resume` are as for `train_student`; a row teaches both where it teaches one. Each student
+    has a best epoch of its own. With `patience` the training stops when it has run out for both. Raises
+    ConfigError for students that can't be coupled.
     """
     started = time.monotonic()
     out = Path(out)
@@ -195,8 +200,8 @@ def _losses(members: Mapping[str, _Member], batch: CacheBatch, how: Couple, *, p
 
 
 @torch.no_grad()
-def _validate(cache: Cache, members: Mapping[str, _Member], how: Couple) -> dict[str, dict[str, float]]:
-    """Each student's accuracy on the validation corpus; or its losses, as at the end, on the held-out rows."""
+def _validate(cache: Cache, members: Mapping[str, _Member]) -> dict[str, dict[str, float]]:
+    """Each student's accuracy on the validation corpus; or on held-out rows the losses that judge it, as at the end."""
     for member in members.values():
         member.student.eval()
     split = next(iter(members.values())).stretch.split
@@ -204,12 +209,22 @@ def _validate(cache: Cache, members: Mapping[str, _Member], how: Couple) -> dict
         return {name: {"accuracy": find_accuracy(cache, split, member.learner)} for name, member in members.items()}
     if not len(split.held_out):
         return {name: {} for name in members}
+    judges = {name: _judge(member, members[_PEERS[name]]) for name, member in members.items()}
     totals = dict.fromkeys(members, 0.0)
     for batch in held_out_batches(cache, split, _fields(members)):
         moved = batch.to(next(iter(members.values())).learner.accelerator.device)
-        for name, loss in _losses(members, moved, how, progress=1.0).items():
+        for name, member in members.items():
+            loss, _ = judges[name](member.says(moved), moved.teacher, progress=1.0)
             totals[name] += loss.item() * len(moved.rows)
     return {name: {"loss": total / len(split.held_out)} for name, total in totals.items()}
+
+
+def _judge(member: _Member, peer: _Member) -> Objective:
+    """What tells how well a student does: its own losses and, where none of them is on logits, the other's that are."""
+    own = member.learner.objective
+    if own.on_logits:
+        return own
+    return replace(own, terms=(*own.terms, *(term for term in peer.learner.objective.terms if term.loss in LOSSES)))
 
 
 def _fields(members: Mapping[str, _Member]) -> list[str]:
@@ -242,7 +257,7 @@ def _train(
             while first.state.epoch < size(first.stretch.phase.epochs) and not _are_exhausted(members, options):
                 began = time.monotonic()
                 losses = _train_epoch(cache, options, members, update)
-                scores = _validate(cache, members, options.couple)
+                scores = _validate(cache, members)
                 for name, member in members.items():
                     worth = torch.tensor(scores[name].get("loss", 0.0))
                     refuse_divergence(worth, "the validation loss", member.stretch.phase, member.state)

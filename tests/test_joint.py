@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from softlabels.dump import dump
 from softlabels.errors import ConfigError, StudentError
 from softlabels.evaluate import evaluate
 from softlabels.joint import couple, train_joint
+from softlabels.losses.soft_targets import kl
 from softlabels.runs import load_run, read_record
 from softlabels.train import train_student
 from softlabels.types import Example, Signals
@@ -145,6 +147,20 @@ def test_a_local_student_learns_to_answer_from_the_other(cache: Cache, tmp_path:
     for name in ("global", "local"):
         logits = load_run(tmp_path / "run" / name).logits([Example(str(row), TEXTS[row][0]) for row in labelled])
         assert (logits.argmax(1) == wanted).mean() > 0.85, name
+
+
+def test_held_out_rows_judge_by_losses_whose_target_stands_still(cache: Cache, tmp_path: Path) -> None:
+    """Not by the coupling; and who has no loss on logits by the other's, so that its answers count."""
+    chosen = options({"kl": 3, "l2": 1})
+    reports = train_joint(cache, out=tmp_path / "run", options=chosen, cpu=True)
+    held_out = np.random.default_rng(0).permutation(cache.rows)[: cache.rows // 10]
+    teacher = cache.signals(held_out, ["logits"])
+    examples = [Example(str(row), TEXTS[row][0]) for row in held_out]
+    for name in ("global", "local"):
+        own = replace(teacher, fields={"logits": torch.from_numpy(load_run(tmp_path / "run" / name).logits(examples))})
+        answers = kl(own, teacher, temperature=1.0).item()
+        found = reports[name].validation["loss"]
+        assert found == pytest.approx(answers, rel=1e-4) if name == "global" else found > answers
 
 
 @pytest.mark.parametrize("kills", [1, 2])
