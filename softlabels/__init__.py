@@ -32,6 +32,8 @@ _PUBLIC = {
     "AugmentOptions": "softlabels.config",
     "DumpOptions": "softlabels.config",
     "StudentOptions": "softlabels.config",
+    "JointOptions": "softlabels.config",
+    "MultiTaskOptions": "softlabels.config",
     "read_corpus": "softlabels.corpus",
     "load_teacher": "softlabels.teacher",
     "train_teacher": "softlabels.teacher",
@@ -47,6 +49,8 @@ _PUBLIC = {
     "open_combined": "softlabels.cache.combined",
     "CombineOptions": "softlabels.config",
     "train_student": "softlabels.train",
+    "train_joint": "softlabels.joint",
+    "train_multitask": "softlabels.multitask",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
     "predict": "softlabels.predict",
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions
     from softlabels.config import ImportOptions as ImportOptions
+    from softlabels.config import JointOptions as JointOptions
+    from softlabels.config import MultiTaskOptions as MultiTaskOptions
     from softlabels.config import PruneOptions as PruneOptions
     from softlabels.config import StudentOptions as StudentOptions
     from softlabels.corpus import read_column as read_column
@@ -76,6 +82,8 @@ if TYPE_CHECKING:
     from softlabels.evaluate import evaluate as evaluate
     from softlabels.export import export as export
     from softlabels.imports import import_logits as import_logits
+    from softlabels.joint import train_joint as train_joint
+    from softlabels.multitask import train_multitask as train_multitask
     from softlabels.predict import predict as predict
     from softlabels.prune import prune as prune
     from softlabels.recipes import read_recipe as read_recipe

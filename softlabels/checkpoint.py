@@ -2,7 +2,8 @@
 
 A checkpoint is replaced as a whole: a kill leaves the old one or the new one, never a mixture. It holds the weights,
 the optimiser, the schedule and the random numbers (Accelerate's `save_state`), the best weights so far
-(`best.safetensors`) and where the training stands (`progress.json`). It is the user's own folder and never shared.
+(`best.safetensors`) and where the training stands (`progress.json`); of several students that train together, one of
+each (`best-global.safetensors`). It is the user's own folder and never shared.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from softlabels.cache.files import lock, sync_folder, write_file
 from softlabels.cache.format import TEMPORARY
@@ -46,10 +46,13 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def of(out: Path) -> Progress:
-        """As the last checkpoint in `out` has it; a fresh one where there is none."""
+    def of(out: Path, name: str = "") -> Progress:
+        """As the last checkpoint in `out` has it; a fresh one where there is none.
+
+        `name` tells students apart that train together.
+        """
         place = _checkpoint_of(out)
-        return Progress() if place is None else Progress(**json.loads((place / "progress.json").read_bytes()))
+        return Progress() if place is None else Progress(**json.loads((place / _progress(name)).read_bytes()))
 
     def next_phase(self) -> None:
         """The phase is over; the next one chooses its best epoch for itself."""
@@ -58,14 +61,25 @@ class Progress:
         self.best_score, self.best_epoch = -float("inf"), None
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A student, or the shared body of several, and where its training stands."""
+
+    student: nn.Module
+    state: Progress
+
+
 @contextmanager
-def run_folder(out: Path, configuration: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """The locked folder `out` for a run of `configuration`; ConfigError where it holds something else."""
+def run_folder(out: Path, configuration: dict[str, Any], *, resume: bool, receipt: str = "run.json") -> Iterator[None]:
+    """The locked folder `out` for a run of `configuration`; ConfigError where it holds something else.
+
+    `receipt` is the file that says that it is finished.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        if (out / "run.json").exists():
+        if (out / receipt).exists():
             drop_checkpoint(out)  # a kill came after the run was whole
             raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
         strangers = (
@@ -115,19 +129,22 @@ def _quiet_accelerate() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerator, state: Progress) -> None:
+def save_checkpoint(out: Path, student: nn.Module, accelerator: Accelerator, state: Progress) -> None:
     """Replace the checkpoint of `out` by the state after `state.epoch`."""
+    save_checkpoints(out, {"": Standing(student, state)}, accelerator)
+
+
+def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: Accelerator) -> None:
+    """The same of students that train together, by their names: one checkpoint, so that all go on from one epoch."""
     draft, place, old = _paths(out)
     shutil.rmtree(draft, ignore_errors=True)
+    epoch = max(standing.state.epoch for standing in standings.values())
     try:
         with _quiet_accelerate():
             accelerator.save_state(str(draft))
-        if state.best_epoch == state.epoch:
-            weights = {name: value.detach().cpu().contiguous().clone() for name, value in student.state_dict().items()}
-            save_file(weights, draft / "best.safetensors")
-        else:
-            shutil.copyfile(place / "best.safetensors", draft / "best.safetensors")
-        write_file(draft / "progress.json", json.dumps(asdict(state)).encode())
+        for name, standing in standings.items():
+            _keep_best(name, standing, draft, place)
+            write_file(draft / _progress(name), json.dumps(asdict(standing.state)).encode())
     except (
         OSError,
         RuntimeError,
@@ -135,9 +152,9 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
     ) as error:  # torch and safetensors tell a full disk in their own ways
         free = shutil.disk_usage(out).free / 1e6  # tells a full disk from any other fault
         shutil.rmtree(draft, ignore_errors=True)
-        kept = f" The one of epoch {state.epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
+        kept = f" The one of epoch {epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
         raise StudentError(
-            f"the checkpoint of epoch {state.epoch} can't be written to {out} ({free:,.1f} MB free): {error}.{kept}"
+            f"the checkpoint of epoch {epoch} can't be written to {out} ({free:,.1f} MB free): {error}.{kept}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
@@ -147,6 +164,15 @@ def save_checkpoint(out: Path, student: PreTrainedModel, accelerator: Accelerato
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _keep_best(name: str, standing: Standing, draft: Path, place: Path) -> None:
+    """The weights of the best epoch so far: those of now, or those of the last checkpoint."""
+    if standing.state.best_epoch == standing.state.epoch:
+        state = standing.student.state_dict()
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, draft / _best(name))
+    else:
+        shutil.copyfile(place / _best(name), draft / _best(name))
+
+
 def restore(out: Path, accelerator: Accelerator, state: Progress) -> None:
     """Put what was prepared with `accelerator` back to the last checkpoint, where that is one of `state`'s phase."""
     place = _checkpoint_of(out)
@@ -154,9 +180,17 @@ def restore(out: Path, accelerator: Accelerator, state: Progress) -> None:
         accelerator.load_state(str(place))
 
 
-def best_weights(out: Path) -> dict[str, Tensor]:
+def best_weights(out: Path, name: str = "") -> dict[str, Tensor]:
     """The weights of the best epoch."""
-    return load_file(_paths(out)[1] / "best.safetensors")
+    return load_file(_paths(out)[1] / _best(name))
+
+
+def _best(name: str) -> str:
+    return f"best-{name}.safetensors" if name else "best.safetensors"
+
+
+def _progress(name: str) -> str:
+    return f"progress-{name}.json" if name else "progress.json"
 
 
 def drop_checkpoint(out: Path) -> None:
@@ -174,4 +208,4 @@ def _checkpoint_of(out: Path) -> Path | None:
     _, place, old = _paths(out)
     if not place.exists() and old.exists():
         old.rename(place)
-    return place if (place / "progress.json").exists() else None
+    return place if any(place.glob("progress*.json")) else None

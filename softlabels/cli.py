@@ -134,19 +134,22 @@ def run_command(
 
 
 def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, cpu: bool) -> None:
-    from softlabels.recipes import FederatedRecipe, read_any_recipe
+    from softlabels.recipes import FederatedRecipe, MultiTaskRecipe, read_experiment
 
-    recipe = read_any_recipe(name, changes=changes)  # a fault in it is told before anything heavy is loaded
-    place = out or Path("runs") / recipe.name
+    recipe = read_experiment(name, changes=changes)  # a fault in it is told before anything heavy is loaded
+    folder = out or Path("runs") / recipe.name
     if isinstance(recipe, FederatedRecipe):
         from softlabels.federated import run_federation
 
-        parties = run_federation(recipe, out=place, say=_say, cpu=cpu)
+        parties = run_federation(recipe, out=folder, say=_say, cpu=cpu)
         _print_json(parties.to_dict()) if as_json else typer.echo(_federation_table(parties))
         return
-    from softlabels.run import run_recipe
+    from softlabels.run import run_recipe, run_tasks
 
-    result = run_recipe(recipe, out=place, say=_say, cpu=cpu)
+    if isinstance(recipe, MultiTaskRecipe):
+        result = run_tasks(recipe, out=folder, say=_say, cpu=cpu)
+    else:
+        result = run_recipe(recipe, out=folder, say=_say, cpu=cpu)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -1139,6 +1142,114 @@ def export_command(
     _finish(export(run, out=out, int8=int8), as_json)
 
 
+@app.command(
+    "train-joint",
+    epilog="Example:  softlabels train-joint cache --recipe joint --out runs/pair   |   softlabels evaluate "
+    "runs/pair/global test.csv --with runs/pair/local",
+)
+def train_joint_command(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    recipe: Annotated[str, typer.Option(help="a recipe with a student that has 'joint', a YAML file or a name")],
+    out: Annotated[Path, typer.Option(help="the folder for the two runs, global and local")],
+    student: Annotated[str | None, typer.Option(help="which of the recipe's students, where it has several")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. students.pair.joint.couple.kl=0.5"),
+    ] = None,
+    eval_corpus: Annotated[
+        str | None, typer.Option("--eval", metavar="CORPUS", help="a labelled corpus that picks the best epochs")
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
+    text: Text = None,
+    label: Label = None,
+    as_json: Json = False,
+    cpu: Cpu = False,
+) -> None:
+    """STAGE 2: train two students together, each from the cache and from the other."""
+    from softlabels.recipes import joint_of_recipe
+
+    options = joint_of_recipe(recipe, student, changes=changes or [], seed=seed)
+    from softlabels.cache import open_cache
+    from softlabels.corpus import read_corpus
+    from softlabels.joint import train_joint
+
+    opened = open_cache(cache)
+    corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
+    reports = train_joint(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
+    _finish_all(reports, as_json)
+
+
+@app.command(
+    "train-multitask",
+    epilog="Example:  softlabels train-multitask --task library=cache-a --task kind=cache-b --student transformer "
+    "--out runs/both",
+)
+def train_multitask_command(
+    task: Annotated[
+        list[str], typer.Option(metavar="NAME=CACHE", help="a task and its cache; once for each task, two or more")
+    ],
+    out: Annotated[Path, typer.Option(help="the folder for the runs, one a task")],
+    student: Annotated[str | None, typer.Option(help="transformer, bilstm, word_average or lstm_attention")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="train as a recipe of several tasks says, a YAML file or a name (multitask)")
+    ] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WEIGHT",
+            help="of every task; may be repeated; by default teacher annealing, from the teacher to the labels",
+        ),
+    ] = None,
+    temperature: Annotated[str | None, typer.Option(help="3 (by default 1), or 5:1")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="an option of the student, e.g. layers=2; may be repeated"),
+    ] = None,
+    power: Annotated[
+        float | None, typer.Option(min=0, max=1, help="tasks are drawn ∝ their rows to this power (by default 0.75)")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="the highest learning rate")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="stop after so many epochs without a better score")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
+    as_json: Json = False,
+    cpu: Cpu = False,
+) -> None:
+    """STAGE 2: train one encoder with a head for each task, from a cache of each."""
+    from softlabels.config import MultiTaskOptions, build_options, parse_losses, parse_options
+    from softlabels.recipes import tasks_of_recipe
+
+    if student is None and recipe is None:
+        raise ConfigError("say what to train: --student transformer, or --recipe NAME")
+    given: dict[str, Any] = {
+        "student": student,
+        "power": power,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "patience": patience,
+        "seed": seed,
+        "temperature": temperature,
+        "losses": None if loss is None else parse_losses(loss),
+    }
+    start = {} if recipe is None else tasks_of_recipe(recipe).model_dump(exclude_unset=True)
+    chosen = start.get("options", {}) | parse_options(option or [])
+    values = start | {key: value for key, value in given.items() if value is not None} | {"options": chosen}
+    options = build_options(MultiTaskOptions, values, where="train-multitask")
+    folders = {name: str(folder) for name, folder in parse_options(task).items()}
+    from softlabels.cache import open_cache
+    from softlabels.multitask import train_multitask
+
+    caches = {name: open_cache(folder) for name, folder in folders.items()}
+    _finish_all(train_multitask(caches, out=out, options=options, resume=resume, cpu=cpu), as_json)
+
+
 @app.command("evaluate", epilog="Example:  softlabels evaluate runs/bilstm test.csv --cache cache-test")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
@@ -1146,6 +1257,10 @@ def evaluate_command(
     cache: Annotated[
         Path | None,
         typer.Option(help="a cache of this corpus: adds agreement with the teacher, its accuracy, its latency"),
+    ] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="RUN", help="average its probabilities with those of RUN; may be repeated"),
     ] = None,
     split: Annotated[
         str | None,
@@ -1165,11 +1280,13 @@ def evaluate_command(
     task = read_record(run).task
     data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=task)
     if task in LANGUAGE_MODELS:
+        if others:
+            raise ConfigError(f"--with averages the classes of runs, and {run} is a {task}: leave it out")
         _evaluate_language_model(run, data, cache, as_json=as_json)
         return
     from softlabels.evaluate import evaluate
 
-    found = evaluate(run, data, cache=None if cache is None else open_cache(cache))
+    found = evaluate(run, data, cache=None if cache is None else open_cache(cache), others=others or ())
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -1276,6 +1393,15 @@ def _finish(report: Any, as_json: bool) -> None:
         typer.echo(_facts(facts))
 
 
+def _finish_all(reports: Any, as_json: bool) -> None:
+    """The reports of what trained together, by name."""
+    facts = {name: asdict(report) for name, report in reports.items()}
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo("\n\n".join(f"{name}\n{_facts(found)}" for name, found in facts.items()))
+
+
 def _facts(facts: dict[str, Any]) -> str:
     """`name  value` lines, aligned."""
     width = max(len(name) for name in facts)
@@ -1328,6 +1454,7 @@ def _evaluation_table(found) -> str:
         for name, scores in (*found.classes.items(), *found.averages.items())
     ]
     facts: dict[str, Any] = {"rows": found.rows, "accuracy": found.accuracy, "macro_f1": found.macro_f1}
+    facts |= {"accuracy alone": found.alone} if found.alone else {}
     if found.fidelity is not None:
         facts |= {
             "agreement with the teacher": found.fidelity.agreement,
@@ -1374,30 +1501,18 @@ def _recipe_table(result) -> str:
     def score(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.1f}"
 
-    head = [
-        "student",
-        "parameters",
-        "size",
-        "acc hard",
-        "acc soft",
-        "F1 hard",
-        "F1 soft",
-        "teacher",
-        "agree",
-        "ms/text",
-        "faster",
-        "train s",
-    ]
+    kinds = ["hard", "alone", "soft"]
+    kinds = [kind for kind in kinds if any(getattr(row, f"accuracy_{kind}") is not None for row in result.rows)]
+    scores = [(short, key, kind) for short, key in (("acc", "accuracy"), ("F1", "macro_f1")) for kind in kinds]
+    head = ["student", "parameters", "size", *(f"{short} {kind}" for short, _, kind in scores)]
+    head += ["teacher", "agree", "ms/text", "faster", "train s"]
     rows = [
         [
             row.student + (f" ({row.seeds} seeds)" if row.seeds > 1 else ""),
             f"{row.parameters:,}",
             _size(row.bytes),
-            score(row.accuracy_hard),
-            score(row.accuracy_soft),
-            score(row.macro_f1_hard),
-            score(row.macro_f1_soft),
-            score(result.teacher_accuracy),
+            *(score(getattr(row, f"{key}_{kind}")) for _, key, kind in scores),
+            score(result.teacher_accuracy if row.teacher_accuracy is None else row.teacher_accuracy),
             score(row.agreement),
             f"{row.ms:.2f}",
             "–" if row.times_faster is None else f"{row.times_faster:.{0 if row.times_faster >= 10 else 1}f}x",
@@ -1405,6 +1520,11 @@ def _recipe_table(result) -> str:
         ]
         for row in result.rows
     ]
+    said = {
+        "hard": "hard: trained on labels alone; ",
+        "alone": "alone: trained by itself, on the same losses; ",
+        "soft": "soft: on the teacher's cache" + (", together" if "alone" in kinds else ""),
+    }
     speed = (
         "the teacher can't be timed on this machine"
         if result.teacher_ms is None
@@ -1412,7 +1532,7 @@ def _recipe_table(result) -> str:
     )
     return (
         f"{_columns(head, rows)}\n\n{_teachers_line(result.teacher_accuracies, score)}"
-        f"hard: trained on labels alone; soft: on the teacher's cache. Accuracy, macro-F1 and agreement in %; "
+        f"{''.join(said[kind] for kind in kinds)}. Accuracy, macro-F1 and agreement in %; "
         f"{speed}.\n{_cost_line(result)}{_compression_table(result.compressed)}"
     )
 

@@ -664,13 +664,16 @@ def _find_split_files(folder: Path) -> dict[str, Path]:
 
 
 def _open_builtin(source: str, splits: list[str] | None) -> list[Table]:
-    if source != "builtin:docstrings":
+    if source == "builtin:docstrings":
+        from softlabels.docstrings import load_docstrings as load
+    elif source == "builtin:docstring-kinds":
+        from softlabels.docstring_kinds import load_docstring_kinds as load
+    else:
         raise CorpusError(
-            f"no built-in corpus is called '{source.removeprefix('builtin:')}': there is builtin:docstrings"
+            f"no built-in corpus is called '{source.removeprefix('builtin:')}': there are builtin:docstrings and "
+            f"builtin:docstring-kinds"
         )
-    from softlabels.docstrings import load_docstrings
-
-    harvest = load_docstrings()
+    harvest = load()
     tables = []
     for split in _pick_splits(source, splits, list(harvest)):
         columns = {name: [getattr(row, name) for row in harvest[split]] for name in ("id", "text", "label")}

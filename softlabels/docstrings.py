@@ -21,7 +21,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -98,10 +98,15 @@ def load_docstrings() -> dict[str, list[Example]]:
 
     What is kept goes by the versions of Python, the packages and this file; a damaged copy is made anew.
     """
-    kept = _kept_path()
+    return load_kept("docstrings", harvest_docstrings, code=Path(__file__))
+
+
+def load_kept(name: str, harvest: Callable[[], dict[str, list[Example]]], *, code: Path) -> dict[str, list[Example]]:
+    """`harvest()`, kept in the user's cache folder as `name`; `code` is the file that says how it is made."""
+    kept = _kept_path(name, code=code)
     if kept is not None and (splits := _read_kept(kept)) is not None:
         return splits
-    splits = harvest_docstrings()
+    splits = harvest()
     if kept is not None:
         _write_kept(kept, splits)
     return splits
@@ -256,9 +261,12 @@ def _take_files(files: Iterator[SourceFile], quota: int, *, file_rows: int) -> l
     return rows[:quota]
 
 
-def _kept_path() -> Path | None:
+def _kept_path(name: str = "docstrings", *, code: Path = Path(__file__)) -> Path | None:
     """Where this machine's harvest is kept; None where a package has no version, or the user no home."""
-    facts = [sys.version, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    facts = [
+        sys.version,
+        *(hashlib.sha256(file.read_bytes()).hexdigest() for file in dict.fromkeys([Path(__file__), code])),
+    ]
     try:
         for label, package in PACKAGES.items():
             facts += [label, str(find_package(label)), "" if package is None else metadata.version(label)]
@@ -267,7 +275,7 @@ def _kept_path() -> Path | None:
         folder = Path(base) if base else Path.home() / (".cache" if not windows else "AppData/Local")
     except (metadata.PackageNotFoundError, RuntimeError):  # RuntimeError: there is no home
         return None
-    return folder / "softlabels" / f"docstrings-{_hash(*facts).hex()[:16]}.json"
+    return folder / "softlabels" / f"{name}-{_hash(*facts).hex()[:16]}.json"
 
 
 def _read_kept(path: Path) -> dict[str, list[Example]] | None:

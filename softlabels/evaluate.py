@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
+from softlabels.averages import Average, average_runs, mean_logits
 from softlabels.cache import Cache
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import CacheError, CorpusError
@@ -72,24 +73,32 @@ class Evaluation:
     nonzero: int  # of the parameters; fewer where the student was pruned
     bytes: int
     latency: Latency
+    alone: dict[str, float] = field(default_factory=dict)  # of an average: each run's accuracy by itself
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
         return asdict(self) | {"times_faster": self.latency.times_faster}
 
 
-def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evaluation:
-    """Score the student in `run` on the labelled rows of `corpus`; with a `cache` of it, against its teacher too."""
-    student = load_run(run)
+def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None, others: Sequence[Path] = ()) -> Evaluation:
+    """Score the student in `run` on the labelled rows of `corpus`; with a `cache` of it, against its teacher too.
+
+    With `others`, runs of the same classes, what is scored is the mean of the probabilities of all, and `alone` tells
+    each one's accuracy.
+    """
+    paths = [run, *others]
+    members = [load_run(path) for path in paths]
+    student = average_runs(members) if others else members[0]
     labels = np.array(encode_labels(corpus.examples, student.label_names))
     rows = np.flatnonzero(labels != NO_LABEL)
     if not len(rows):
         raise CorpusError(f"corpus {corpus.source} has no labelled row to score against: give one with labels")
-    logits = student.logits(corpus.examples)  # (N, C)
+    each = [member.logits(corpus.examples) for member in members]
+    logits = mean_logits(each) if others else each[0]  # (N, C)
     predicted = logits[rows].argmax(axis=1)
     averages = _averages(labels[rows], predicted, len(student.label_names))
     return Evaluation(
-        run=str(run),
+        run=" + ".join(str(path) for path in paths),
         corpus=corpus.source if corpus.split is None else f"{corpus.source}:{corpus.split}",
         rows=len(rows),
         accuracy=float(accuracy_score(labels[rows], predicted)),
@@ -101,6 +110,11 @@ def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None) -> Evalua
         nonzero=student.nonzero,
         bytes=student.size_on_disk,
         latency=_latency(student, [corpus.examples[row] for row in rows], cache),
+        alone={
+            str(path): float(accuracy_score(labels[rows], own[rows].argmax(axis=1)))
+            for path, own in zip(paths, each, strict=True)
+            if others
+        },
     )
 
 
@@ -123,7 +137,7 @@ def _averages(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[s
     return found
 
 
-def _fidelity(student: Run, corpus: Corpus, logits: np.ndarray, cache: Cache, labels: np.ndarray) -> Fidelity:
+def _fidelity(student: Run | Average, corpus: Corpus, logits: np.ndarray, cache: Cache, labels: np.ndarray) -> Fidelity:
     cache.require(["logits"], why="fidelity")
     if cache.label_names != student.label_names:
         raise CacheError(
@@ -168,7 +182,7 @@ def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------------------------- latency
 
 
-def _latency(student: Run, examples: Sequence[Example], cache: Cache | None) -> Latency:
+def _latency(student: Run | Average, examples: Sequence[Example], cache: Cache | None) -> Latency:
     """Student and teacher take turns on the same texts, so that a busy machine slows both."""
     step = max(1, len(examples) // _LATENCY_TEXTS)
     chosen = list(examples[::step][:_LATENCY_TEXTS])

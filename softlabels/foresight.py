@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from softlabels.cache.build import tokenizer_hash
 from softlabels.captures import parse_captures, resolve_layers
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
@@ -21,11 +22,12 @@ from softlabels.config import ASSISTANT, BASE, PRETRAINED, TEACHER, DumpOptions,
 from softlabels.errors import ConfigError, StudentError, TeacherError
 from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
-from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import Assistant, Pretraining, Recipe, TeacherChoice, plain_options
+from softlabels.pretrained import load_tokenizer, resolve_pretrained
+from softlabels.recipes import Assistant, MultiTaskRecipe, Pretraining, Recipe, TeacherChoice, plain_options
 from softlabels.students import LINEAR, StudentSpec, count_layers
 from softlabels.students.shapes import read_shape
 from softlabels.teacher import teacher_task
+from softlabels.training.many_tasks import task_options
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field
 
 
@@ -48,6 +50,24 @@ def check_recipe(recipe: Recipe) -> None:
             _check_student(entry, last, recipe.pretrain)
             if entry.direct_twin:
                 _check_student(entry, seen, recipe.pretrain)
+            if entry.joint is not None:
+                _check_student(entry.joint_options().students["local"], last, recipe.pretrain)
+
+
+def check_tasks_of_recipe(recipe: MultiTaskRecipe) -> None:
+    """The same of a student of several tasks; and ConfigError where their teachers' tokenizers are not one."""
+    for task in recipe.tasks:
+        with _naming(f"student '{recipe.name}/{task.name}'"):
+            _check_student(task_options(recipe.student, task.name), _seen(task.teacher, task.dump), None)
+    folders = {task.name: _folder(task.teacher) for task in recipe.tasks}
+    known = {name: tokenizer_hash(load_tokenizer(folder)) for name, folder in folders.items() if folder is not None}
+    for name, mark in known.items():
+        first = next(iter(known))
+        if mark != known[first]:
+            raise ConfigError(
+                f"one encoder reads for all tasks, and the teachers of '{first}' and '{name}' have different "
+                f"tokenizers ({folders[first]}, {folders[name]}): tune both from one model"
+            )
 
 
 def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any]) -> dict[str, Any]:

@@ -11,22 +11,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from softlabels.config import (
     ASSISTANT,
     BASE,
+    LAYER_LOSSES,
     PRETRAINED,
     TEACHER,
     AugmentOptions,
     CombineOptions,
+    Couple,
     DumpOptions,
+    JointOptions,
+    LossTerm,
+    MultiTaskOptions,
     PruneOptions,
     Strict,
     StudentOptions,
     TeacherTraining,
     build_options,
+    explain,
     parse_options,
+    parse_schedule,
     read_yaml,
     suggest,
 )
@@ -97,10 +104,19 @@ class CompressStep(Strict):
         return self.export or "retrain"
 
 
+class JointChoice(Strict):
+    """A second student, called 'local', that trains together with its entry's, then called 'global'."""
+
+    local: StudentOptions  # what it leaves open of the training (epochs, lr, …) is as in the entry
+    couple: Couple = Couple()
+    alone: bool = True  # each student by itself, on the same losses, is trained beside
+
+
 class StudentEntry(StudentOptions):
     """One student of a recipe; with `hard_twin`, the same student on hard labels alone is trained beside it.
 
     `compress` lists chains of steps, each starting from the trained student and each a row of a table of its own.
+    With `joint` a second student trains together with it, and both are evaluated alone and averaged.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -109,6 +125,7 @@ class StudentEntry(StudentOptions):
     direct_twin: bool = False  # with assistants: the same student, from the teacher's own cache, beside it
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
     compress: list[Annotated[list[CompressStep], Field(min_length=1)]] = Field(default=[])
+    joint: JointChoice | None = None
 
     @model_validator(mode="after")
     def _chains_can_be(self) -> StudentEntry:
@@ -126,6 +143,56 @@ class StudentEntry(StudentOptions):
             if sum([step.say() for step in chain] == [step.say() for step in other] for other in self.compress) > 1:
                 raise ValueError(f"student '{self.name}': the steps '{words}' are given twice")
         return self
+
+    @model_validator(mode="after")
+    def _pair(self) -> StudentEntry:
+        if self.joint is None:
+            return self
+        if (self.hard_twin and "hard_twin" in self.model_fields_set) or self.hard_epochs is not None:
+            raise ValueError("students that train together have no hard twin: 'joint.alone' trains each by itself")
+        if not {"losses", "phases"} & self.joint.local.model_fields_set:
+            raise ValueError("joint.local: say what it learns from with 'losses'")
+        try:
+            self.joint_options()
+        except ValidationError as error:
+            raise ValueError(explain(error, where="joint")) from None
+        return self
+
+    def student_options(self, *, seed: int | None = None) -> StudentOptions:
+        """The entry's student by itself."""
+        values = {name: getattr(self, name) for name in StudentOptions.model_fields}
+        return StudentOptions(**values | ({} if seed is None else {"seed": seed}))
+
+    def joint_options(self, *, seed: int | None = None) -> JointOptions:
+        """The two students of `joint`."""
+        assert self.joint is not None
+        own = self.student_options(seed=seed)
+        said = {name: getattr(self.joint.local, name) for name in self.joint.local.model_fields_set}
+        of_its_own = ("student", "options", "losses", "temperature", "phases")
+        shared = {name: getattr(own, name) for name in StudentOptions.model_fields if name not in of_its_own}
+        return JointOptions(
+            students={"global": own, "local": StudentOptions(**shared | said)}, couple=self.joint.couple
+        )
+
+
+def alone_options(options: JointOptions, name: str) -> StudentOptions:
+    """A student of two by itself, on the same losses.
+
+    One that the other alone would teach to answer learns that from the teacher's logits instead, by the coupling's
+    weight: the plainest training that gives it a head.
+    """
+    student = options.students[name]
+    phase, how = student.all_phases()[0], options.couple
+    if any(term.loss not in LAYER_LOSSES for term in phase.terms):
+        return student
+    if parse_schedule(how.kl, what="weight").end > 0:
+        head = LossTerm(loss="kl", weight=how.kl, temperature=how.temperature)
+    else:
+        head = LossTerm(loss="mse_logits", weight=how.l2)
+    losses = [*phase.terms, head]
+    if student.phases:
+        return student.model_copy(update={"phases": [student.phases[0].model_copy(update={"losses": losses})]})
+    return student.model_copy(update={"losses": losses})
 
 
 class Assistant(StudentOptions):
@@ -249,7 +316,9 @@ class Recipe(Strict):
                     f"student '{student.name}' starts from '{ASSISTANT}', so it has no direct_twin: that knows the "
                     f"teacher alone"
                 )
-        starting = [student.name for student in self.students if student.options.get("init_from") == PRETRAINED]
+        starts = [(student.name, student.options) for student in self.students]
+        starts += [(student.name, student.joint.local.options) for student in self.students if student.joint]
+        starting = [name for name, options in starts if options.get("init_from") == PRETRAINED]
         if starting and self.pretrain is None:
             raise ValueError(f"student '{starting[0]}' starts from '{PRETRAINED}', and the recipe has no 'pretrain'")
         return self
@@ -345,7 +414,50 @@ class FederatedRecipe(Strict):
         return self
 
 
-AnyRecipe = Recipe | FederatedRecipe
+class TaskEntry(Strict):
+    """One task of several: its corpus, its teacher, and what is dumped of it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    corpus: CorpusChoice
+    teacher: TeacherChoice
+    dump: DumpOptions = DumpOptions()
+
+
+class MultiTaskRecipe(Strict):
+    """An experiment of several tasks, whose students share one encoder.
+
+    The student's option `init_from` may be a folder, or 'base', the model that all teachers were tuned from.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    tasks: list[TaskEntry] = Field(min_length=2)
+    student: MultiTaskOptions
+    alone: bool = True  # a student for each task by itself, on the same losses, is trained beside
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> MultiTaskRecipe:
+        names = [task.name for task in self.tasks]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two tasks are called '{doubled[0]}': give each a name of its own")
+        for name in self.student.tasks:
+            if name not in names:
+                raise ValueError(
+                    f"student.tasks speaks of '{name}': there are {', '.join(names)}.{suggest(name, names)}"
+                )
+        start = self.student.options.get("init_from")
+        if start in (TEACHER, PRETRAINED):
+            raise ValueError(f"a student of several tasks can't start from '{start}': name a folder, or '{BASE}'")
+        if start == BASE and len({task.teacher.model for task in self.tasks}) > 1:
+            raise ValueError(
+                f"the student starts from '{BASE}', and the tasks' teachers were tuned from several models"
+            )
+        return self
+
+
+Experiment = Recipe | FederatedRecipe | MultiTaskRecipe
 
 
 def recipes_folder() -> Path:
@@ -369,16 +481,20 @@ def find_recipe(name: str) -> Path:
 def read_recipe(name: str, *, changes: Sequence[str] = ()) -> Recipe:
     """The recipe `name` (a YAML file or a shipped name), after `KEY=VALUE` changes (`students.0.lr=1e-3`).
 
-    ConfigError for a federation, which is no such recipe.
+    ConfigError for a federation and for one of several tasks, which are no such recipes.
     """
-    recipe = read_any_recipe(name, changes=changes)
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(f"recipe {recipe.name} is a federation of parties: softlabels run takes it")
-    return recipe
+    found = read_experiment(name, changes=changes)
+    if isinstance(found, MultiTaskRecipe):
+        raise ConfigError(
+            f"recipe {found.name} has several tasks: softlabels run runs it, and train-multitask trains its student"
+        )
+    if isinstance(found, FederatedRecipe):
+        raise ConfigError(f"recipe {found.name} is a federation of parties: softlabels run takes it")
+    return found
 
 
-def read_any_recipe(name: str, *, changes: Sequence[str] = ()) -> AnyRecipe:
-    """The recipe `name`, of whatever kind its keys say it is: `parties` has a federation."""
+def read_experiment(name: str, *, changes: Sequence[str] = ()) -> Experiment:
+    """A recipe of whatever kind its keys say: `tasks` are several, `parties` are a federation."""
     path = find_recipe(name)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -392,8 +508,30 @@ def read_any_recipe(name: str, *, changes: Sequence[str] = ()) -> AnyRecipe:
         raise ConfigError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     for key, value in parse_options(changes).items():
         _set(data, key, value)
-    kind = FederatedRecipe if "parties" in data else Recipe
+    kind: type[Strict] = MultiTaskRecipe if "tasks" in data else FederatedRecipe if "parties" in data else Recipe
     return build_options(kind, data, where=f"recipe {path}")
+
+
+def joint_of_recipe(name: str, student: str | None, *, changes: Sequence[str] = (), seed: int | None) -> JointOptions:
+    """The two students of a recipe's entry that has `joint`: the one called `student`, or the only one."""
+    recipe = read_recipe(name, changes=changes)
+    pairs = {entry.name: entry for entry in recipe.students if entry.joint is not None}
+    if not pairs:
+        raise ConfigError(f"recipe {recipe.name} has no students that train together: give an entry of it 'joint'")
+    if student is None and len(pairs) == 1:
+        student = next(iter(pairs))
+    if student not in pairs:
+        asked = "say which with --student" if student is None else f"'{student}' is not one of them"
+        raise ConfigError(f"recipe {recipe.name}: {asked}: students that train together are {', '.join(pairs)}")
+    return pairs[student].joint_options(seed=seed)
+
+
+def tasks_of_recipe(name: str) -> MultiTaskOptions:
+    """How a recipe of several tasks trains its student."""
+    found = read_experiment(name)
+    if not isinstance(found, MultiTaskRecipe):
+        raise ConfigError(f"recipe {found.name} is of one task: train-student trains its students")
+    return found.student
 
 
 def student_of_recipe(name: str, student: str | None) -> StudentOptions:

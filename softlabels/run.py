@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,13 @@ from softlabels.compression import CompressedRow, Distilled, Tools, check_chains
 from softlabels.config import (
     ASSISTANT,
     BASE,
+    JOINT_NAMES,
     PRETRAINED,
     TEACHER,
     AugmentOptions,
     CombineOptions,
     DumpOptions,
+    JointOptions,
     StudentOptions,
     fingerprint,
 )
@@ -44,12 +46,27 @@ from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpu
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.evaluate import evaluate
-from softlabels.foresight import check_recipe, shape_assistant
+from softlabels.foresight import check_recipe, check_tasks_of_recipe, shape_assistant
+from softlabels.joint import train_joint
+from softlabels.multitask import train_multitask
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import CorpusChoice, Pretraining, Recipe, StudentEntry, TeacherChoice, plain_options
+from softlabels.recipes import (
+    CorpusChoice,
+    MultiTaskRecipe,
+    Pretraining,
+    Recipe,
+    StudentEntry,
+    TeacherChoice,
+    alone_options,
+    plain_options,
+)
+from softlabels.runs import TOGETHER
 from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
-from softlabels.train import check_options, train_student
+from softlabels.train import train_student
+from softlabels.training.many_tasks import task_options
+from softlabels.training.preparing import check_options
+from softlabels.training.records import TrainReport
 from softlabels.types import NO_LABEL, Task
 
 
@@ -68,7 +85,10 @@ class Row:
     agreement: float
     ms: float
     times_faster: float | None  # None where the teacher is too large to be timed here
-    train_seconds: float  # of one soft-label student
+    train_seconds: float  # of one soft-label student; of students that train together, of all of them
+    accuracy_alone: float | None = None  # of what trained together: the same by itself, on the same losses
+    macro_f1_alone: float | None = None
+    teacher_accuracy: float | None = None  # where it has a teacher of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +106,7 @@ class RunResult:
     cache_rows: int
     cache_bytes: int
     skipped: int  # stages whose inputs hadn't changed
-    compressed: list[CompressedRow]  # of the students with `compress`; empty without one
+    compressed: list[CompressedRow] = field(default_factory=list)  # of the students with `compress`
     # of several teachers the accuracy of each; `teacher_accuracy` is then that of what they say together
     teacher_accuracies: list[float | None] = field(default_factory=list)
 
@@ -120,34 +140,117 @@ def run_recipe(
         if recipe.pretrain is not None:
             starts = replace(starts, pretrained=_pretrain(recipe.pretrain, stages, cpu=cpu))
         hops = _assistants(recipe, stages, corpora, first=cache, test=test, starts=starts, cpu=cpu)
+        results: dict[str, _Found] = {f"assistant {hop.name}": {"soft": [hop.evaluated]} for hop in hops}
         if hops:
             starts = replace(starts, assistant=hops[-1].run)
-        results = [
-            (
+        last, compressed = hops[-1].cache if hops else cache, []
+        for entry in recipe.students:
+            if entry.joint is not None:
+                results |= _pair(entry, stages, corpora, cache=last, test=test, starts=starts, cpu=cpu)
+                continue
+            found = _student(
                 entry,
-                _student(
-                    entry,
-                    stages,
-                    corpora,
-                    cache=hops[-1].cache if hops else cache,
-                    direct=cache,
-                    test=test,
-                    starts=starts,
-                    pretrain=recipe.pretrain,
-                    cpu=cpu,
-                ),
+                stages,
+                corpora,
+                cache=last,
+                direct=cache,
+                test=test,
+                starts=starts,
+                pretrain=recipe.pretrain,
+                cpu=cpu,
             )
-            for entry in recipe.students
-        ]
+            results[entry.name] = {kind: found[kind] for kind in ("soft", "hard")}
+            if found["direct"]:
+                results[f"{entry.name}, from the teacher"] = {"soft": found["direct"], "hard": found["hard"]}
+            if entry.compress:
+                compressed += tabulate(entry.name, entry.compress, found["soft"], found["compressed"])
         paid_once = teacher.seconds + cache.seconds + (starts.pretrained.seconds if starts.pretrained else 0.0)
         if recipe.teachers:
             paid_once += sum(each.teacher.seconds for each in taught_by[1:]) + sum(e.cache.seconds for e in taught_by)
         paid_once += sum(hop.run.seconds + hop.cache.seconds for hop in hops)
-        result = _table(recipe, out, hops, results, cache, paid_once, stages.skipped)
+        result = _table(recipe.name, out, results, [cache], paid_once, stages.skipped)
+        result = replace(result, compressed=compressed)
         if recipe.teachers:
             result = replace(result, teacher_accuracies=[_accuracy(Path(each.test.path)) for each in taught_by])
         write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
     return result
+
+
+# the evaluations of a student, one a seed: 'soft', 'hard' (its twin's), 'alone' (of what trained together), 'direct' (from the
+# teacher's own cache and not an assistant's), and what 'compressed' ones gave
+_Found = dict[str, list[Any]]
+
+
+def run_tasks(
+    recipe: MultiTaskRecipe, *, out: Path, say: Callable[[str], None] = lambda line: None, cpu: bool = False
+) -> RunResult:
+    """The same for a recipe of several tasks: teacher and caches of each, then one encoder for all, and each alone.
+
+    The table has a row a task. Everything lies in `out`: task-NAME/ with its teacher and caches, students/seed0/NAME.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        stages = Stages(out, say)
+        corpora = {task.name: _Corpora(task.corpus, task.teacher) for task in recipe.tasks}
+        for task in recipe.tasks:
+            check_options(task_options(recipe.student, task.name))
+            _check_corpora(f"{recipe.name}, task {task.name}", task.corpus, task.teacher, corpora[task.name])
+        check_tasks_of_recipe(recipe)
+        caches, tests, paid_once = {}, {}, 0.0
+        for task in recipe.tasks:
+            read, under = corpora[task.name], f"task-{task.name}"
+            teacher = _teacher(task.teacher, stages, read, cpu=cpu, under=under)
+            logits = task.dump.model_copy(update={"capture": ["logits"]})
+            common: dict[str, Any] = {"teacher": teacher, "cpu": cpu, "under": under}
+            caches[task.name] = _dump(task.dump, stages, "cache", read, "transfer", **common)
+            tests[task.name] = _dump(logits, stages, "cache-test", read, "test", **common)
+            paid_once += teacher.seconds + caches[task.name].seconds
+        results: dict[str, _Found] = {task.name: {"soft": [], "alone": []} for task in recipe.tasks}
+        for seed in recipe.seeds:
+            _together(recipe, seed, stages, corpora, caches=caches, tests=tests, results=results, cpu=cpu)
+        result = _table(recipe.name, out, results, list(caches.values()), paid_once, stages.skipped)
+        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+    return result
+
+
+def _together(
+    recipe: MultiTaskRecipe,
+    seed: int,
+    stages: Stages,
+    corpora: dict[str, _Corpora],
+    *,
+    caches: dict[str, Made],
+    tests: dict[str, Made],
+    results: dict[str, _Found],
+    cpu: bool,
+) -> None:
+    """One encoder for all tasks, and a student for each alone, of a seed: their evaluations, added to `results`."""
+    options = recipe.student.model_copy(update={"seed": seed})
+    if options.options.get("init_from") == BASE:
+        folder = str(resolve_pretrained(recipe.tasks[0].teacher.model))
+        options = options.model_copy(update={"options": options.options | {"init_from": folder}})
+    out = stages.out / "students" / f"seed{seed}"
+    key = fingerprint([options.model_dump(), {name: cache.key for name, cache in caches.items()}])
+
+    def train() -> dict[str, Any]:
+        opened = {name: open_cache(cache.path) for name, cache in caches.items()}
+        return _go_on(out, partial(train_multitask, opened, out=out, options=options, cpu=cpu))
+
+    trained = stages.run(f"train-seed{seed}", key, train, makes=out / TOGETHER)
+    for task in recipe.tasks:
+        name, cache, test = task.name, caches[task.name], tests[task.name]
+        found = stages.run(
+            f"evaluate-{name}-seed{seed}",
+            [key, test.key],
+            partial(_evaluate, out / name, corpora[name], Path(test.path)),
+        )
+        results[name]["soft"].append(found | {"train_seconds": trained["seconds"]})
+        if recipe.alone:
+            alone = task_options(options, name)
+            results[name]["alone"].append(
+                _one(f"{name}-alone-seed{seed}", alone, stages, corpora[name], cache=cache, test=test, cpu=cpu)
+            )
 
 
 _STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
@@ -171,23 +274,30 @@ def _check(recipe: Recipe, corpora: _Corpora) -> None:
     for options in ([recipe.pretrain.student] if recipe.pretrain else []) + recipe.assistants:
         check_options(options)
     check_recipe(recipe)
-    if recipe.corpus.test is None and recipe.corpus.test_source is None:
-        raise ConfigError(
-            f"recipe {recipe.name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)"
-        )
+    _check_corpora(recipe.name, recipe.corpus, recipe.teacher, corpora)
+    for number, choice in enumerate(recipe.teachers):
+        if choice.train is None or not choice.train.from_scratch:
+            resolve_pretrained(choice.model)  # the last of several would else be missed after the others' training
+        _check_trainable(choice, _own_corpora(recipe, number, corpora), corpora)
+
+
+def _check_corpora(name: str, choice: CorpusChoice, teacher: TeacherChoice, corpora: _Corpora) -> None:
+    """ConfigError or CorpusError where there is nothing to test on, or a teacher could not be trained."""
+    if choice.test is None and choice.test_source is None:
+        raise ConfigError(f"recipe {name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)")
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
-    owns = [_own_corpora(recipe, number, corpora) for number in range(len(recipe.teachers))] or [corpora]
-    choices: list[TeacherChoice] = [*recipe.teachers] or [recipe.teacher]
-    for choice, own in zip(choices, owns, strict=True):
-        if recipe.teachers and (choice.train is None or not choice.train.from_scratch):
-            resolve_pretrained(choice.model)  # the last of several would else be missed after the others' training
-        if choice.train is not None:
-            train = own.read("train")
-            check_trainable(train)
-            for use in ("transfer", "test"):
-                encode_labels(corpora.read(use).examples, train.label_names or [])
+    _check_trainable(teacher, corpora, corpora)
+
+
+def _check_trainable(teacher: TeacherChoice, own: _Corpora, corpora: _Corpora) -> None:
+    """CorpusError where a teacher can't be trained on its `own` rows, or knows none of the labels of the others."""
+    if teacher.train is not None:
+        train = own.read("train")
+        check_trainable(train)
+        for use in ("transfer", "test"):
+            encode_labels(corpora.read(use).examples, train.label_names or [])
 
 
 class _Corpora:
@@ -423,12 +533,12 @@ def _student(
     starts: _Starts,
     pretrain: Pretraining | None,
     cpu: bool,
-) -> dict[str, list[Any]]:
+) -> _Found:
     """The evaluations of a student, of its twins, and of what `compress` makes of it, one a seed each.
 
     'hard' learned from labels alone, 'direct' from the teacher's own cache and not from that of an assistant.
     """
-    found: dict[str, list[Any]] = {"soft": [], "hard": [], "direct": [], "compressed": []}
+    found: _Found = {"soft": [], "hard": [], "direct": [], "compressed": []}
     tools = Tools(
         stages.run,
         train=partial(_train, Path(cache.path), cpu=cpu),
@@ -455,6 +565,81 @@ def _student(
             if kind == "soft" and entry.compress:
                 found["compressed"].append(compress(Distilled(run, key, options), entry.compress, tools))
     return found
+
+
+def _one(
+    name: str,
+    options: StudentOptions,
+    stages: Stages,
+    corpora: _Corpora,
+    *,
+    cache: Made,
+    test: Made,
+    cpu: bool,
+) -> dict[str, Any]:
+    """The evaluation of one student, `students/NAME`."""
+    run, key = stages.out / "students" / name, fingerprint([options.model_dump(), cache.key])
+    work = partial(_train, Path(cache.path), run, options, cpu=cpu)
+    trained = stages.run(f"train-{name}", key, work, makes=run / "run.json")
+    evaluated = stages.run(f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path)))
+    return evaluated | {"train_seconds": trained["seconds"]}
+
+
+def _pair(
+    entry: StudentEntry, stages: Stages, corpora: _Corpora, *, cache: Made, test: Made, starts: _Starts, cpu: bool
+) -> dict[str, _Found]:
+    """The evaluations of two students that train together, of their average, and of each by itself and these averaged.
+
+    One row of the table each: NAME/global, NAME/local, NAME/average.
+    """
+    assert entry.joint is not None
+    rows: dict[str, _Found] = {name: {"soft": [], "alone": []} for name in (*JOINT_NAMES, "average")}
+    for seed in entry.seeds:
+        chosen = entry.joint_options(seed=seed)
+        students = {name: _started(options, starts) for name, options in chosen.students.items()}
+        chosen = chosen.model_copy(update={"students": students})
+        name = f"{entry.name}-joint-seed{seed}"
+        out, key = (
+            stages.out / "students" / name,
+            fingerprint([chosen.model_dump(), cache.key, _pretrained_key(starts)]),
+        )
+
+        def train(out: Path = out, chosen: JointOptions = chosen) -> dict[str, Any]:
+            return _go_on(out, partial(train_joint, open_cache(cache.path), out=out, options=chosen, cpu=cpu))
+
+        trained = stages.run(f"train-{name}", key, train, makes=out / TOGETHER)
+        runs = {student: out / student for student in JOINT_NAMES}
+        found = _alone_and_averaged(name, runs, [key, test.key], stages, corpora, test)
+        for student, evaluated in found.items():
+            rows[student]["soft"].append(evaluated | {"train_seconds": trained["seconds"]})
+        if entry.joint.alone:
+            runs = {student: stages.out / "students" / f"{entry.name}-{student}-seed{seed}" for student in JOINT_NAMES}
+            keys = []
+            for student, run in runs.items():
+                options = alone_options(chosen, student)
+                keys.append(fingerprint([options.model_dump(), cache.key, _pretrained_key(starts)]))
+                work = partial(_train, Path(cache.path), run, options, cpu=cpu)
+                stages.run(f"train-{run.name}", keys[-1], work, makes=run / "run.json")
+            found = _alone_and_averaged(f"{entry.name}-seed{seed}", runs, [*keys, test.key], stages, corpora, test)
+            for student, evaluated in found.items():
+                rows[student]["alone"].append(evaluated)
+    return {f"{entry.name}/{student}": found for student, found in rows.items()}
+
+
+def _alone_and_averaged(
+    name: str, runs: dict[str, Path], inputs: Any, stages: Stages, corpora: _Corpora, test: Made
+) -> dict[str, dict[str, Any]]:
+    """The evaluations of each of `runs` and, as 'average', of all together."""
+    found = {}
+    for student in (*runs, "average"):
+        one, *others = list(runs.values()) if student == "average" else [runs[student]]
+        work = partial(_evaluate, one, corpora, Path(test.path), others=others)
+        found[student] = stages.run(f"evaluate-{name}-{student}", inputs, work)
+    return found
+
+
+def _pretrained_key(starts: _Starts) -> str | None:
+    return starts.pretrained.key if starts.pretrained else None
 
 
 def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | None) -> StudentOptions:
@@ -503,61 +688,69 @@ def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dic
     return {"seconds": report.train_seconds, "epochs": report.epochs, "rows": report.rows}
 
 
-def _evaluate(run: Path, corpora: _Corpora, cache: Path) -> dict[str, Any]:
-    return evaluate(run, corpora.read("test"), cache=open_cache(cache)).to_dict()
+def _go_on(out: Path, train: Callable[..., dict[str, TrainReport]]) -> dict[str, Any]:
+    """The same for what trains together in `out`."""
+    if (out / TOGETHER).exists():
+        shutil.rmtree(out)
+    try:
+        reports = train(resume=True)
+    except ConfigError:
+        if not (out / "options.json").exists():
+            raise
+        shutil.rmtree(out)
+        reports = train()
+    return {"seconds": max(report.train_seconds for report in reports.values())}
+
+
+def _evaluate(run: Path, corpora: _Corpora, cache: Path, *, others: Sequence[Path] = ()) -> dict[str, Any]:
+    return evaluate(run, corpora.read("test"), cache=open_cache(cache), others=others).to_dict()
 
 
 def _table(
-    recipe: Recipe,
-    out: Path,
-    hops: list[_Hop],
-    results: list[tuple[StudentEntry, dict[str, list[Any]]]],
-    cache: Made,
-    teacher_seconds: float,
-    skipped: int,
+    name: str, out: Path, results: dict[str, _Found], caches: list[Made], teacher_seconds: float, skipped: int
 ) -> RunResult:
-    rows = [_row(f"assistant {hop.name}", [hop.evaluated], []) for hop in hops]
-    for entry, found in results:
-        rows.append(_row(entry.name, found["soft"], found["hard"]))
-        if found["direct"]:
-            rows.append(_row(f"{entry.name}, from the teacher", found["direct"], found["hard"]))
-    every = [item for _, found in results for item in (*found["soft"], *found["hard"])]
-    fidelity = every[0]["fidelity"]
+    every = [item for found in results.values() for kind in found.values() for item in kind]
+    teachers = {student: found["soft"][0]["fidelity"]["teacher_accuracy"] for student, found in results.items()}
+    several = len(caches) > 1
+    rows = [
+        _row(student, found, teacher_accuracy=teachers[student] if several else None)
+        for student, found in results.items()
+    ]
     return RunResult(
-        recipe=recipe.name,
+        recipe=name,
         out=str(out),
         rows=rows,
-        teacher_accuracy=fidelity["teacher_accuracy"],
-        teacher_macro_f1=fidelity["teacher_macro_f1"],
+        teacher_accuracy=mean(teachers.values()),
+        teacher_macro_f1=mean(found["soft"][0]["fidelity"]["teacher_macro_f1"] for found in results.values()),
         teacher_parameters=every[0]["latency"]["teacher_parameters"],
         teacher_ms=_mean_of_known([item["latency"]["teacher_ms"] for item in every]),
         teacher_seconds=teacher_seconds,
-        cache_rows=cache.found["rows"],
-        cache_bytes=cache.found["bytes"],
+        cache_rows=sum(cache.found["rows"] for cache in caches),
+        cache_bytes=sum(cache.found["bytes"] for cache in caches),
         skipped=skipped,
-        compressed=[
-            row
-            for entry, found in results
-            if entry.compress
-            for row in tabulate(entry.name, entry.compress, found["soft"], found["compressed"])
-        ],
     )
 
 
-def _row(name: str, soft: list[dict[str, Any]], hard: list[dict[str, Any]]) -> Row:
+def _row(student: str, found: _Found, *, teacher_accuracy: float | None) -> Row:
+    soft = found["soft"]
+    others = {
+        f"{key}_{kind}": mean(item[key] for item in found[kind]) if found.get(kind) else None
+        for key in ("accuracy", "macro_f1")
+        for kind in ("hard", "alone")
+    }
     return Row(
-        student=name,
+        student=student,
         seeds=len(soft),
         parameters=soft[0]["parameters"],
         bytes=round(mean(item["bytes"] for item in soft)),
         accuracy_soft=mean(item["accuracy"] for item in soft),
         macro_f1_soft=mean(item["macro_f1"] for item in soft),
-        accuracy_hard=mean(item["accuracy"] for item in hard) if hard else None,
-        macro_f1_hard=mean(item["macro_f1"] for item in hard) if hard else None,
         agreement=mean(item["fidelity"]["agreement"] for item in soft),
         ms=mean(item["latency"]["ms"] for item in soft),
         times_faster=_mean_of_known([item["times_faster"] for item in soft]),
         train_seconds=mean(item["train_seconds"] for item in soft),
+        teacher_accuracy=teacher_accuracy,
+        **others,
     )
 
 

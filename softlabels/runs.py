@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from softlabels.students.linear import LinearStudent
 
 RECORD = "run.json"
+TOGETHER = "together.json"  # in the folder of students that trained together: the names of their runs
 VERSION = 1
 
 
@@ -82,6 +83,7 @@ class RunRecord(BaseModel):
     labelled_rows: int
     validation: dict[str, float]
     history: list[dict[str, float]] = []  # one entry an epoch
+    together: dict[str, Any] = {}  # with what other students or tasks it was trained, and how they were coupled
     cache: dict[str, Any]  # teacher's name, weights_hash, identity of the cache, and its path as given
     versions: dict[str, str]
     pruned: Pruned | None = None
@@ -214,6 +216,12 @@ def save_run(
     write_file(out / RECORD, whole.model_dump_json(indent=1).encode())
 
 
+def write_together(out: Path, runs: Sequence[str]) -> None:
+    """The runs of these names, in folders of `out`, are whole: the last file of a training of several."""
+    data = {"format": "softlabels-together", "version": VERSION, "runs": list(runs)}
+    write_file(out / TOGETHER, json.dumps(data, indent=1).encode())
+
+
 def _write_files(
     folder: Path, student: PreTrainedModel | LinearStudent | OnnxFiles, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
@@ -260,6 +268,9 @@ def read_record(path: str | Path) -> RunRecord:
     if not (folder / RECORD).is_file():
         if (folder / "manifest.json").is_file():
             raise StudentError(f"{folder} is a cache, not a run: train a student from it with train-student")
+        if (folder / TOGETHER).is_file():
+            runs = sorted(str(path.parent) for path in folder.glob(f"*/{RECORD}"))
+            raise StudentError(f"{folder} is no run, but holds runs that trained together: {', '.join(runs)}")
         raise StudentError(
             f"{folder} holds no finished run: it has no {RECORD}. "
             f"If a training was stopped there, give the same command again with --resume"

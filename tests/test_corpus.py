@@ -458,7 +458,7 @@ def test_bad_splits(tmp_path: Path) -> None:
 
 
 def test_no_other_builtin() -> None:
-    assert "there is builtin:docstrings" in fault(lambda: read_corpus("builtin:poems"))
+    assert "there are builtin:docstrings and builtin:docstring-kinds" in fault(lambda: read_corpus("builtin:poems"))
 
 
 # ---------------------------------------------------------------------------------------------------- the Hub

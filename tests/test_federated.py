@@ -19,7 +19,7 @@ from softlabels.corpus import Corpus, read_corpus
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.federated import run_federation
 from softlabels.parties import split_among_parties
-from softlabels.recipes import FederatedRecipe, read_any_recipe, read_recipe
+from softlabels.recipes import FederatedRecipe, read_experiment, read_recipe
 from softlabels.types import Example
 from tests.models import TEXTS, save_model, tiny_classifier, tiny_tokenizer
 
@@ -71,7 +71,7 @@ def recipe_of(place: Path, **changes: Any) -> FederatedRecipe:
     }
     path = place / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | changes))
-    found = read_any_recipe(str(path))
+    found = read_experiment(str(path))
     assert isinstance(found, FederatedRecipe)
     return found
 
@@ -191,7 +191,7 @@ def test_a_common_corpus_of_private_rows_is_refused(place: Path, tmp_path: Path)
 
 
 def test_the_shipped_recipe_is_one_and_other_commands_say_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(read_any_recipe("federated"), FederatedRecipe)
+    assert isinstance(read_experiment("federated"), FederatedRecipe)
     with pytest.raises(ConfigError, match="federation of parties: softlabels run takes it"):
         read_recipe("federated")
     assert _guarded(["run", "federated", "--set", "parties.count=1"], debug=False) == 2

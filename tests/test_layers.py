@@ -19,14 +19,29 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 LAYERS = {
     "cli": ["__main__", "cli"],
     "run": ["federated", "run", "compression"],
-    "stage": ["augment", "plan", "dump", "fidelity", "imports", "train", "evaluate", "predict", "prune", "export"],
+    "stage": [
+        "augment",
+        "plan",
+        "dump",
+        "fidelity",
+        "imports",
+        "train",
+        "joint",
+        "multitask",
+        "evaluate",
+        "predict",
+        "prune",
+        "export",
+    ],
     "part": [
         "augmenters",
+        "averages",
         "cache",
         "captures",
         "checkpoint",
         "config",
         "corpus",
+        "docstring_kinds",
         "docstrings",
         "engines",
         "fine_tuning",
@@ -56,6 +71,7 @@ LAYERS = {
         "teaching_rows",
         "teacher",  # fine-tuned by a command of its own, and a part of dump
         "tokens",
+        "training",  # what the trainers share
         "word_vectors",
     ],
     "base": ["errors", "factors", "truncated", "types"],

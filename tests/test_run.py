@@ -211,7 +211,7 @@ def test_an_interrupted_recipe_goes_on(
         import softlabels.train as train
 
         calls.append(named["out"].name)
-        validate = train._validate
+        validate = train.validate
 
         def fail(*a: Any, **n: Any) -> Any:
             if (named["out"] / "checkpoint").exists():
@@ -219,7 +219,7 @@ def test_an_interrupted_recipe_goes_on(
             return validate(*a, **n)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "_validate", fail)
+            patch.setattr(train, "validate", fail)
             return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
