@@ -28,6 +28,11 @@ class Average:
         return sum(run.parameters for run in self.members)
 
     @property
+    def nonzero(self) -> int:
+        """Of all of them, those that are not zero."""
+        return sum(run.nonzero for run in self.members)
+
+    @property
     def size_on_disk(self) -> int:
         """Bytes of all of them."""
         return sum(run.size_on_disk for run in self.members)

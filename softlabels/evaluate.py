@@ -191,8 +191,10 @@ def _latency(student: Run | Average, examples: Sequence[Example], cache: Cache |
     theirs: list[float] = []
     threads = torch.get_num_threads()
     warm = len(chosen[:3])  # texts that are only there to warm up
-    if isinstance(student.student, OnnxStudent):
-        student = replace(student, student=student.student.with_threads(1))
+    if isinstance(student, Average):
+        student = replace(student, members=[_on_one_thread(run) for run in student.members])
+    else:
+        student = _on_one_thread(student)
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
     try:
         for example in (*chosen[:warm], *chosen):
@@ -207,6 +209,13 @@ def _latency(student: Run | Average, examples: Sequence[Example], cache: Cache |
         teacher_parameters=None if teacher is None else teacher.parameters,
         texts=len(chosen),
     )
+
+
+def _on_one_thread(run: Run) -> Run:
+    """ONNX Runtime has threads of its own, which torch's setting does not reach."""
+    if not isinstance(run.student, OnnxStudent):
+        return run
+    return replace(run, student=run.student.with_threads(1))
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

@@ -21,7 +21,7 @@ from softlabels.config import (
 from softlabels.errors import ConfigError
 from softlabels.layer_maps import GROUP_MAPS, MAPS
 from softlabels.losses import LAYER_LOSSES, LOSSES, PENALTIES
-from softlabels.recipes import FederatedRecipe, Recipe, read_experiment, read_recipe, recipes_folder
+from softlabels.recipes import FederatedRecipe, MultiTaskRecipe, Recipe, read_experiment, read_recipe, recipes_folder
 
 RECIPE = """
 name: small
@@ -237,7 +237,7 @@ def test_every_shipped_recipe_is_valid() -> None:
     recipes = sorted(recipes_folder().glob("*.yaml"))
     assert [path.stem for path in recipes if path.stem == "quickstart"]
     for path in recipes:
-        assert isinstance(read_experiment(path.stem), Recipe | FederatedRecipe)
+        assert isinstance(read_experiment(path.stem), Recipe | FederatedRecipe | MultiTaskRecipe)
 
 
 def test_faults_of_options_are_told_together() -> None:

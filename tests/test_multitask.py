@@ -19,8 +19,9 @@ from softlabels.config import DumpOptions, MultiTaskOptions, build_options
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, SoftlabelsError
-from softlabels.evaluate import evaluate, predict
+from softlabels.evaluate import evaluate
 from softlabels.multitask import draw_tasks, train_multitask
+from softlabels.predict import predict
 from softlabels.runs import load_run, read_record
 from softlabels.types import Example
 from tests.models import LABEL_NAMES, TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,12 @@ def test_targets_and_their_head(tmp_path: Path) -> None:
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     save_model(tmp_path / "teacher", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
     for name, rows in (("whole", (0, 20)), ("a", (0, 7)), ("b", (7, 20))):
         dumped(tmp_path, name, *rows, capture=["vocab:exact"])
