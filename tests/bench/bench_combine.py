@@ -1,6 +1,6 @@
 """How fast caches are combined beside reading and writing the same bytes, and how much memory that takes.
 
-Run it:  python -m tests.bench.bench_combine [--rows 1000000] [--caches 8] [--rounds 3] [--folder DIR] [--only combine,rows]
+Run it:  python -m tests.bench.bench_combine [--rows 1000000] [--caches 8] [--rounds 3] [--folder DIR] [--only combine]
 
 Contestants take turns, each in a process of its own, so that its peak memory can be told; only the work is timed, not
 the imports. The plain ones read every byte of all the caches' files, 1 MB at a time, and write as many bytes as the
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from softlabels.cache.build import CacheBuild
 
 CLASSES, LENGTHS, SHARD_ROWS = 3, (8, 32), 4096
 CONTESTANTS = ("plain", "synced", "combine", "shuffled", "rows")
@@ -36,13 +41,18 @@ CONTESTANTS = ("plain", "synced", "combine", "shuffled", "rows")
 # ------------------------------------------------------------------------------------------------ making the caches
 
 
-def make(folder: Path, *, rows: range, seed: int, order: np.ndarray | None = None) -> None:
-    """A cache of `rows` of one corpus, or of these rows in another order; the logits are the seed's."""
+def make(
+    folder: Path, *, rows: range, seed: int, order: np.ndarray | None = None, examples: Path | None = None
+) -> None:
+    """A cache of `rows` of one corpus, or of these rows in another order; the logits are the seed's.
+
+    The files of its examples are those of the cache `examples`, where that is given: they are the same.
+    """
     import pyarrow as pa
-    import torch
 
     from softlabels.cache.build import derive_cache
-    from softlabels.cache.combine import field_shard, join_of, write_tables
+    from softlabels.cache.combine import join_of, write_tables
+    from softlabels.cache.format import load_receipt
     from softlabels.cache.members import token_hashes
     from softlabels.cache.writer import examples_schema
     from softlabels.progress import quiet
@@ -56,9 +66,16 @@ def make(folder: Path, *, rows: range, seed: int, order: np.ndarray | None = Non
     numbers = np.arange(rows.start, rows.stop)
     numbers = numbers if order is None else numbers[order]
     with quiet(), derive_cache(folder, manifest, source=folder, files=[]) as build:
+        if examples is not None:
+            shutil.copytree(examples / "examples", folder / "examples", copy_function=os.link)
         for shard in build.shards():
             part = numbers[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS]
             lengths = LENGTHS[0] + part % (LENGTHS[1] - LENGTHS[0])
+            said = np.random.default_rng([seed, int(part.min())]).normal(size=(len(part), CLASSES)).astype(np.float32)
+            if examples is not None:
+                join = load_receipt(examples, "examples", shard).join
+                write_logits(build, shard, lengths, said, join)
+                continue
             ends = np.concatenate([[0], np.cumsum(lengths)])
             place = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)  # of each token in its row
             ids = ((np.repeat(part, lengths) * 7 + place * 3) % VOCABULARY).astype(np.uint16)
@@ -80,17 +97,22 @@ def make(folder: Path, *, rows: range, seed: int, order: np.ndarray | None = Non
             table = table.set_column(1, schema.field("token_hash"), hashes)
             join = join_of([table])
             write_tables(build, [table], shard, join=join, truncated=0)
-            said = np.random.default_rng([seed, int(part.min())]).normal(size=(len(part), CLASSES)).astype(np.float32)
-            with field_shard(build, "logits", shard, lengths) as writer:
-                writer.put_run(0, torch.from_numpy(said).numpy().reshape(-1), rows=len(part))
-                writer.commit(join)
+            write_logits(build, shard, lengths, said, join)
         build.finish()
+
+
+def write_logits(build: CacheBuild, shard: int, lengths: np.ndarray, said: np.ndarray, join: str) -> None:
+    from softlabels.cache.combine import field_shard
+
+    with field_shard(build, "logits", shard, lengths) as writer:
+        writer.put_run(0, said.reshape(-1), rows=len(lengths))
+        writer.commit(join)
 
 
 def make_all(folder: Path, rows: int, caches: int, only: Sequence[str]) -> None:
     cut = [rows * n // caches for n in range(caches + 1)]
     for number in range(caches):
-        make(folder / f"same-{number}", rows=range(rows), seed=number)
+        make(folder / f"same-{number}", rows=range(rows), seed=number, examples=folder / "same-0" if number else None)
         if "rows" in only:
             make(folder / f"part-{number}", rows=range(cut[number], cut[number + 1]), seed=0)
     if "shuffled" in only:
