@@ -176,8 +176,8 @@ def run_recipe(
     return result
 
 
-# the evaluations of a student, one a seed: 'soft', 'hard' (its twin's), 'alone' (of what trained together), 'direct' (from the
-# teacher's own cache and not an assistant's), and what 'compressed' ones gave
+# the evaluations of a student, one a seed: 'soft', 'hard' (its twin's), 'alone' (of what trained together), 'direct'
+# (from the teacher's own cache and not an assistant's), and what 'compressed' ones gave
 _Found = dict[str, list[Any]]
 
 

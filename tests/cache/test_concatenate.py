@@ -51,10 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dumped(place: Path, name: str, start: int, stop: int, **options) -> Path:
+def dumped(place: Path, name: str, start: int, stop: int, **options: Any) -> Path:
     corpus = Corpus("texts.csv", None, EXAMPLES[start:stop], list(LABEL_NAMES))
     # a row a batch: what a teacher says of a row is then the same to the last bit, whatever rows are beside it
-    chosen = {"capture": CAPTURES, "shard_rows": 8, "batch_tokens": 14, "max_length": 14} | options
+    chosen: dict[str, Any] = {"capture": CAPTURES, "shard_rows": 8, "batch_tokens": 14, "max_length": 14} | options
     dump(corpus, teacher=str(place / "teacher"), out=place / name, options=DumpOptions(**chosen), device="cpu")
     return place / name
 
@@ -92,7 +92,7 @@ def test_parts_may_have_files_of_other_sizes(place: Path, tmp_path: Path) -> Non
 
 
 def test_int8_goes_file_by_file(place: Path, tmp_path: Path) -> None:
-    options = {"capture": ["hidden:1", "hidden:2@cls"], "codec": "int8"}
+    options: dict[str, Any] = {"capture": ["hidden:1", "hidden:2@cls"], "codec": "int8"}
     parts = [dumped(tmp_path, name, *rows, **options) for name, rows in _with_teacher(place, tmp_path)]
     concatenate(parts, out=tmp_path / "out")
     wanted = [open_cache(part) for part in parts]
@@ -163,13 +163,10 @@ def test_targets_and_their_head(tmp_path: Path) -> None:
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    save_model(tmp_path / "teacher", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    save_model(tmp_path / "teacher", BertForMaskedLM(config), tokenizer)
     for name, rows in (("whole", (0, 20)), ("a", (0, 7)), ("b", (7, 20))):
         dumped(tmp_path, name, *rows, capture=["vocab:exact"])
     concatenate([tmp_path / "a", tmp_path / "b"], out=tmp_path / "out")
