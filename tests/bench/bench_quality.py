@@ -42,6 +42,7 @@ CORPORA = Path(__file__).parents[3] / "shared" / "corpora"
 CAPTURES = ["logits", "hidden:all", "qkv:all"]
 MINILM, LENGTH = "all-MiniLM-L6-v2", 64
 LAYER_ROWS, DEV = 2000, 300
+EPOCHS = {"distilled-bilstm": 12}  # 30 in the paper; the recipe, which augments its rows, has 3
 TWIN_EPOCHS, TWIN_EPOCHS_OF_TRANSFORMERS = 20, 8
 DKD_NEEDS = 3  # classes; so does dist
 
@@ -203,6 +204,8 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                     {"name": "task", "losses": options.pop("losses"), "temperature": options.pop("temperature", "1")}
                 ]
                 options["phases"] = [*before, *own]
+            if recipe_name in EPOCHS:
+                options["epochs"] = EPOCHS[recipe_name]
             if options["student"] == "transformer":
                 options["rows"] = LAYER_ROWS
             epochs = TWIN_EPOCHS_OF_TRANSFORMERS if options["student"] == "transformer" else TWIN_EPOCHS
