@@ -71,7 +71,11 @@ def make(
         by_name = dict(zip(LABEL_NAMES, np.random.default_rng(number).normal(size=3) * 3, strict=True))
         values.append([by_name.get(name, 0.0) for name in names])
     corpus = Corpus("texts.csv", None, list(examples), list(LABEL_NAMES))
-    chosen = {"label_names": list(names), "teacher_name": f"teacher {seed}", "shard_rows": SHARD_ROWS} | options
+    chosen: dict[str, Any] = {
+        "label_names": list(names),
+        "teacher_name": f"teacher {seed}",
+        "shard_rows": SHARD_ROWS,
+    } | options
     import_logits(corpus, values, tokenizer=tokenizer, out=out, options=ImportOptions(**chosen))
     return out
 

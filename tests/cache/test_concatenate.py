@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from softlabels.dump import dump
 from softlabels.errors import CacheError
 from softlabels.fidelity import verify_live
 from softlabels.types import Example
-from tests.models import LABEL_NAMES, TEXTS, save_teacher
+from tests.models import LABEL_NAMES, TEXTS, save_model, save_teacher, tiny_tokenizer
 
 EXAMPLES = [Example(f"r{i}", text, label=name if i % 5 else None) for i, (text, name) in enumerate(TEXTS[:40])]
 PARTS = [(0, 11), (11, 27), (27, 40)]  # with 8 rows a file, none of them ends with a file
@@ -50,10 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dumped(place: Path, name: str, start: int, stop: int, **options) -> Path:
+def dumped(place: Path, name: str, start: int, stop: int, **options: Any) -> Path:
     corpus = Corpus("texts.csv", None, EXAMPLES[start:stop], list(LABEL_NAMES))
     # a row a batch: what a teacher says of a row is then the same to the last bit, whatever rows are beside it
-    chosen = {"capture": CAPTURES, "shard_rows": 8, "batch_tokens": 14, "max_length": 14} | options
+    chosen: dict[str, Any] = {"capture": CAPTURES, "shard_rows": 8, "batch_tokens": 14, "max_length": 14} | options
     dump(corpus, teacher=str(place / "teacher"), out=place / name, options=DumpOptions(**chosen), device="cpu")
     return place / name
 
@@ -91,7 +92,7 @@ def test_parts_may_have_files_of_other_sizes(place: Path, tmp_path: Path) -> Non
 
 
 def test_int8_goes_file_by_file(place: Path, tmp_path: Path) -> None:
-    options = {"capture": ["hidden:1", "hidden:2@cls"], "codec": "int8"}
+    options: dict[str, Any] = {"capture": ["hidden:1", "hidden:2@cls"], "codec": "int8"}
     parts = [dumped(tmp_path, name, *rows, **options) for name, rows in _with_teacher(place, tmp_path)]
     concatenate(parts, out=tmp_path / "out")
     wanted = [open_cache(part) for part in parts]
@@ -158,11 +159,14 @@ def test_targets_and_their_head(tmp_path: Path) -> None:
     """A language model's fields have a value a target, and the output head beside them."""
     from transformers import BertConfig, BertForMaskedLM
 
-    from tests.models import save_model, tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     save_model(tmp_path / "teacher", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
     for name, rows in (("whole", (0, 20)), ("a", (0, 7)), ("b", (7, 20))):
         dumped(tmp_path, name, *rows, capture=["vocab:exact"])
