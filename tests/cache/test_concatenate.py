@@ -24,7 +24,7 @@ from softlabels.dump import dump
 from softlabels.errors import CacheError
 from softlabels.fidelity import verify_live
 from softlabels.types import Example
-from tests.models import LABEL_NAMES, TEXTS, save_teacher
+from tests.models import LABEL_NAMES, TEXTS, save_model, save_teacher, tiny_tokenizer
 
 EXAMPLES = [Example(f"r{i}", text, label=name if i % 5 else None) for i, (text, name) in enumerate(TEXTS[:40])]
 PARTS = [(0, 11), (11, 27), (27, 40)]  # with 8 rows a file, none of them ends with a file
@@ -159,14 +159,15 @@ def test_targets_and_their_head(tmp_path: Path) -> None:
     """A language model's fields have a value a target, and the output head beside them."""
     from transformers import BertConfig, BertForMaskedLM
 
-    from tests.models import save_model, tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    save_model(tmp_path / "teacher", BertForMaskedLM(config), tokenizer)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    save_model(tmp_path / "teacher", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
     for name, rows in (("whole", (0, 20)), ("a", (0, 7)), ("b", (7, 20))):
         dumped(tmp_path, name, *rows, capture=["vocab:exact"])
     concatenate([tmp_path / "a", tmp_path / "b"], out=tmp_path / "out")
