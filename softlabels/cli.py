@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,18 @@ import typer
 from typer.exceptions import TyperException
 
 from softlabels.errors import ConfigError, SoftlabelsError
+from softlabels.tables import (
+    combine_table,
+    evaluation_table,
+    federation_table,
+    fidelity_table,
+    lay_out,
+    plan_table,
+    recipe_table,
+    show_facts,
+    show_size,
+    verdict_line,
+)
 
 if TYPE_CHECKING:
     from softlabels.config import CombineOptions
@@ -142,7 +154,7 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
         from softlabels.federated import run_federation
 
         parties = run_federation(recipe, out=folder, say=_say, cpu=cpu)
-        _print_json(parties.to_dict()) if as_json else typer.echo(_federation_table(parties))
+        _print_json(parties.to_dict()) if as_json else typer.echo(federation_table(parties))
         return
     from softlabels.run import run_recipe, run_tasks
 
@@ -153,7 +165,7 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
     if as_json:
         _print_json(result.to_dict())
     else:
-        typer.echo(_recipe_table(result))
+        typer.echo(recipe_table(result))
 
 
 @app.command(
@@ -574,49 +586,7 @@ def plan_command(
     if as_json:
         _print_json(asdict(plan))
     else:
-        typer.echo(_plan_table(plan))
-
-
-def _plan_table(plan) -> str:
-    def way(size: int | None) -> str:
-        return "not given by this model" if size is None else _size(size)
-
-    speed, pay, disk = plan.speed, plan.payback, plan.disk
-    facts: dict[str, Any] = {
-        "teacher": f"{plan.teacher} ({plan.task})",
-        "rows": f"{plan.rows:,}, of which {plan.sampled:,} were looked at",
-        "tokens": f"{plan.tokens:,}",
-        "rows cut": f"{100 * plan.truncated:.1f} %",
-        "bare forward": f"{speed.rows_per_second:,.1f} rows/s, {_duration(speed.seconds)} ({speed.device})",
-        "with captures": f"{speed.rows_per_second_captured:,.1f} rows/s, {_duration(speed.seconds_captured)}",
-    }
-    if speed.rows_opened_per_second is not None:
-        facts["images opened"] = (
-            f"{speed.rows_opened_per_second:,.1f} rows/s, ahead of the teacher, which waits for them"
-        )
-    if plan.maps is not None:
-        layers = ", ".join(map(str, plan.maps.layers))
-        facts["Q and K"] = f"{way(plan.maps.query_key_bytes)} for layer {layers}"
-        facts["attention maps"] = f"{way(plan.maps.map_bytes)} for the same"
-    facts["disk"] = f"{_size(disk.free_bytes)} free at {disk.place}" + ("" if disk.fits else ": IT DOES NOT FIT")
-    facts["paid for itself"] = (
-        f"after {pay.epochs} epoch(s) of any students, or {pay.students} student(s) of {pay.epochs_each} epochs, each "
-        f"of which would keep the teacher busy for {_duration(pay.seconds_each)}"
-    )
-    sizes = [[name, _size(size), _size(size / plan.rows)] for name, size in plan.fields.items()]
-    sizes.append(["in all", _size(plan.bytes), _size(plan.bytes / plan.rows)])
-    parts = [_facts(facts), _columns(["field", "size", "a row"], sizes)]
-    if plan.kept_mass is not None:
-        temperatures = list(next(iter(plan.kept_mass.values()), {}))
-        rows = [[f"topk={k}", *(f"{mass[t]:.4f}" for t in temperatures)] for k, mass in plan.kept_mass.items()]
-        parts.append(_columns(["mass kept at", *(f"T={t:g}" for t in temperatures)], rows))
-    return "\n\n".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        typer.echo(plan_table(plan))
 
 
 @app.command(
@@ -723,7 +693,7 @@ def combine_command(
     if as_json:
         _print_json(asdict(report))
     else:
-        typer.echo(_combine_table(report))
+        typer.echo(combine_table(report))
 
 
 _OPTION = {"mean": "--mean", "weights": "--weights", "choose": "--choose", "keep": "--keep"}
@@ -745,29 +715,6 @@ def _combine_options(
     return build_options(CombineOptions, {key: value for key, value in given.items() if value is not None}, where=where)
 
 
-def _combine_table(report) -> str:
-    if report.how == "rows":
-        head, rows = ["cache", "teacher", "rows"], [[str(c.cache), c.teacher, f"{c.rows:,}"] for c in report.caches]
-    else:
-        head = ["cache", "teacher", "weight", "rows", "shared with the first", "lacks", "left out"]
-        rows = [
-            [
-                str(share.cache),
-                share.teacher,
-                "–" if share.weight is None else f"{share.weight:.3g}",
-                *(f"{count:,}" for count in (share.rows, share.shared, share.lacks, share.left_out)),
-            ]
-            for share in report.caches
-        ]
-    joined = sorted({share.joined_by for share in report.caches if share.joined_by})
-    facts = {
-        "how": report.how + (f", choosing by {report.choose}" if report.choose else ""),
-        "rows joined by": "; ".join(joined) or None,
-        **{name: getattr(report, name) for name in ("cache", "rows", "new_rows", "fields", "seconds", "bytes")},
-    }
-    return f"{_columns(head, rows)}\n\n{_facts(facts)}"
-
-
 @app.command(epilog="Example:  softlabels info cache")
 def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json = False) -> None:
     """What a cache holds, from what, how large."""
@@ -781,10 +728,10 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
     fields = facts.pop("fields")
     head = ["field", "kind", "type", "width", "size"]
     rows = [
-        [name, f["kind"], f["type"], str(f["width"]), _size(f["bytes"]) if "bytes" in f else "–"]
+        [name, f["kind"], f["type"], str(f["width"]), show_size(f["bytes"]) if "bytes" in f else "–"]
         for name, f in fields.items()
     ]
-    typer.echo(f"{_facts(facts)}\n\n{_columns(head, rows)}")
+    typer.echo(f"{show_facts(facts)}\n\n{lay_out(head, rows)}")
 
 
 @app.command(
@@ -857,7 +804,7 @@ def verify(
     if as_json:
         _print_json({**asdict(verdict), "whole": verdict.whole})
     else:
-        typer.echo(_verdict(verdict))
+        typer.echo(verdict_line(verdict))
     if not verdict.whole:
         raise typer.Exit(2)
 
@@ -900,52 +847,9 @@ def _verify_live(
     if as_json:
         _print_json({**asdict(found), "within": found.within})
     else:
-        typer.echo(_fidelity_table(found))
+        typer.echo(fidelity_table(found))
     if not found.within:
         raise typer.Exit(1)
-
-
-def _fidelity_table(found) -> str:
-    head = ["field", "stored as", "typical", "off at most", "mean", "noise at most", "beyond codec", "allowed", ""]
-    rows = [
-        [
-            part.field if part.what == "values" else f"{part.field}: {part.what}",
-            part.type,
-            *(f"{getattr(part, name):.2g}" for name in ("typical", "largest", "mean", "noise_largest")),
-            f"{part.beyond_codec:.2g}",
-            f"{part.allowed:.2g}",
-            ("ok" if part.within else f"NOT: {part.worst_row}") if part.values else "none seen",
-        ]
-        for part in found.fields
-    ]
-    wrong = sorted({part.field for part in found.fields if not part.within})
-    verdict = (
-        "every field is what its teacher says, within its codec and the noise"
-        if found.within
-        else f"NOT what the teacher says: {', '.join(wrong)}. Dump these again, into another folder"
-    )
-    return f"{_columns(head, rows)}\n\n{found.rows:,} rows, {found.tokens:,} tokens, {found.seconds:.1f} s: {verdict}"
-
-
-def _verdict(verdict) -> str:
-    lines = [f"note: {note}" for note in verdict.notes]
-    lines += [f"{fault.kind}: {fault.message}" for fault in verdict.faults]
-    rate = verdict.bytes / max(verdict.seconds, 1e-9)
-    lines.append(
-        f"{verdict.shards:,} files, {_size(verdict.bytes)}, {_size(rate)}/s: "
-        + ("whole" if verdict.whole else f"{len(verdict.faults)} fault(s)")
-    )
-    if verdict.removed:
-        lines.append(
-            f"removed {len(verdict.removed)} file(s) that were proven bad. Give the dump command that made this cache "
-            f"again: it writes just what is missing"
-        )
-    elif any(fault.remove for fault in verdict.faults):
-        lines.append(
-            "copy these files again from where the cache came from; or give --repair, and then the dump command that "
-            "made the cache: it writes just these again"
-        )
-    return "\n".join(lines)
 
 
 @app.command(
@@ -1290,7 +1194,7 @@ def evaluate_command(
     if as_json:
         _print_json(found.to_dict())
     else:
-        typer.echo(_evaluation_table(found))
+        typer.echo(evaluation_table(found))
 
 
 def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, as_json: bool) -> None:
@@ -1308,7 +1212,7 @@ def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, a
             "agreement with the teacher": found.fidelity.agreement,
             "teacher's perplexity": found.fidelity.teacher_perplexity,
         }
-    typer.echo(_facts(facts | {"parameters": f"{found.parameters:,}", "bytes": found.bytes}))
+    typer.echo(show_facts(facts | {"parameters": f"{found.parameters:,}", "bytes": found.bytes}))
 
 
 @app.command(
@@ -1390,7 +1294,7 @@ def _finish(report: Any, as_json: bool) -> None:
     if as_json:
         _print_json(facts)
     else:
-        typer.echo(_facts(facts))
+        typer.echo(show_facts(facts))
 
 
 def _finish_all(reports: Any, as_json: bool) -> None:
@@ -1399,185 +1303,7 @@ def _finish_all(reports: Any, as_json: bool) -> None:
     if as_json:
         _print_json(facts)
     else:
-        typer.echo("\n\n".join(f"{name}\n{_facts(found)}" for name, found in facts.items()))
-
-
-def _facts(facts: dict[str, Any]) -> str:
-    """`name  value` lines, aligned."""
-    width = max(len(name) for name in facts)
-    return "\n".join(
-        f"{name.replace('_', ' '):{width}}  {_value(name, value)}"
-        for name, value in facts.items()
-        if value not in (None, {}, [])
-    )
-
-
-def _value(name: str, value: Any) -> str:
-    if name.endswith("bytes") and isinstance(value, int):
-        return _size(value)
-    if isinstance(value, float):
-        return f"{value:.4g}" if name not in ("seconds", "train_seconds") else f"{value:.1f}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(key, item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(name, item) for item in value)
-    return str(value)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-    lines = [
-        "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
-        for line in (head, *rows)
-    ]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(lines)
-
-
-def _evaluation_table(found) -> str:
-    head = ["class", "precision", "recall", "f1", "support"]
-    rows = [
-        [
-            name,
-            *(f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")),
-            f"{scores['support']:.0f}",
-        ]
-        for name, scores in (*found.classes.items(), *found.averages.items())
-    ]
-    facts: dict[str, Any] = {"rows": found.rows, "accuracy": found.accuracy, "macro_f1": found.macro_f1}
-    facts |= {"accuracy alone": found.alone} if found.alone else {}
-    if found.fidelity is not None:
-        facts |= {
-            "agreement with the teacher": found.fidelity.agreement,
-            "KL to the teacher": found.fidelity.kl,
-        }
-        facts |= {"teacher's accuracy": found.fidelity.teacher_accuracy}
-    facts |= {"parameters": f"{found.parameters:,}"}
-    if found.nonzero < found.parameters:
-        facts |= {"not zero": f"{found.nonzero:,}"}
-    facts |= {"bytes": found.bytes, "ms a text": found.latency.ms}
-    if found.latency.times_faster is not None:
-        facts |= {"times faster than the teacher": found.latency.times_faster}
-    return f"{_columns(head, rows)}\n\n{_facts(facts)}"
-
-
-def _federation_table(result) -> str:
-    """The table of a federation, and the lines below it."""
-    head = ["party", "rows", "classes", "teacher", "alone", "together", "gain", "F1 alone", "F1 together"]
-    rows = [
-        [
-            row.party,
-            f"{row.rows:,}",
-            "/".join(str(count) for count in row.classes.values()) if len(row.classes) <= 6 else str(len(row.classes)),
-            *(f"{100 * value:.1f}" for value in (row.teacher_accuracy, row.alone_accuracy, row.accuracy)),
-            f"{100 * row.gain:+.1f}",
-            *(f"{100 * value:.1f}" for value in (row.alone_macro_f1, row.macro_f1)),
-        ]
-        for row in result.rows
-    ]
-    consensus = ", ".join(f"{100 * value:.1f}" for value in result.consensus_accuracy)
-    return (
-        f"{_columns(head, rows)}\n\n"
-        f"rows: labelled ones of its own, of each class so many; teacher: trained on these; alone: the student on "
-        f"these; together: the student on the consensus. Accuracy and macro-F1 in %; the mean gain is "
-        f"{100 * result.mean_gain:+.1f}.\n"
-        f"The consensus itself has {consensus}% (of each round), over {result.common_rows:,} common rows; "
-        f"{_size(result.shared_bytes)} of logits left the parties, and nothing else."
-    )
-
-
-def _recipe_table(result) -> str:
-    """The table of a recipe, and the line below it."""
-
-    def score(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
-
-    kinds = ["hard", "alone", "soft"]
-    kinds = [kind for kind in kinds if any(getattr(row, f"accuracy_{kind}") is not None for row in result.rows)]
-    scores = [(short, key, kind) for short, key in (("acc", "accuracy"), ("F1", "macro_f1")) for kind in kinds]
-    head = ["student", "parameters", "size", *(f"{short} {kind}" for short, _, kind in scores)]
-    head += ["teacher", "agree", "ms/text", "faster", "train s"]
-    rows = [
-        [
-            row.student + (f" ({row.seeds} seeds)" if row.seeds > 1 else ""),
-            f"{row.parameters:,}",
-            _size(row.bytes),
-            *(score(getattr(row, f"{key}_{kind}")) for _, key, kind in scores),
-            score(result.teacher_accuracy if row.teacher_accuracy is None else row.teacher_accuracy),
-            score(row.agreement),
-            f"{row.ms:.2f}",
-            "–" if row.times_faster is None else f"{row.times_faster:.{0 if row.times_faster >= 10 else 1}f}x",
-            f"{row.train_seconds:.1f}",
-        ]
-        for row in result.rows
-    ]
-    said = {
-        "hard": "hard: trained on labels alone; ",
-        "alone": "alone: trained by itself, on the same losses; ",
-        "soft": "soft: on the teacher's cache" + (", together" if "alone" in kinds else ""),
-    }
-    speed = (
-        "the teacher can't be timed on this machine"
-        if result.teacher_ms is None
-        else f"the teacher has {result.teacher_parameters:,} parameters and takes {result.teacher_ms:.1f} ms a text"
-    )
-    return (
-        f"{_columns(head, rows)}\n\n{_teachers_line(result.teacher_accuracies, score)}"
-        f"{''.join(said[kind] for kind in kinds)}. Accuracy, macro-F1 and agreement in %; "
-        f"{speed}.\n{_cost_line(result)}{_compression_table(result.compressed)}"
-    )
-
-
-def _teachers_line(accuracies: Sequence[float | None], score: Callable[[float | None], str]) -> str:
-    """Of several teachers what each one's accuracy is."""
-    if not accuracies:
-        return ""
-    each = ", ".join(map(score, accuracies))
-    together = f"teacher: what {len(accuracies)} say together; each by itself: {each}"
-    return f"{together}. Its size and times are the first one's.\n"
-
-
-def _compression_table(found: Sequence[Any]) -> str:
-    """What pruning and quantising made of the students; nothing where none was compressed."""
-    if not found:
-        return ""
-    head = ["student", "steps", "not zero", "size", "acc", "F1", "agree", "ms/text", "faster", "steps s"]
-    rows = [
-        [
-            row.student,
-            row.steps,
-            f"{row.nonzero:,}",
-            _size(row.bytes),
-            *(f"{100 * share:.1f}" for share in (row.accuracy, row.macro_f1, row.agreement)),
-            f"{row.ms:.2f}",
-            f"{row.times_faster:.1f}x",
-            f"{row.seconds:.1f}",
-        ]
-        for row in found
-    ]
-    return f"\n\n{_columns(head, rows)}\n\nFaster: than the student as it was distilled, in PyTorch; on one thread."
-
-
-def _cost_line(result) -> str:
-    """What the second experiment cost against the first."""
-    typical = max(sorted(row.train_seconds for row in result.rows)[len(result.rows) // 2], 1e-3)
-    least = min(result.rows, key=lambda row: row.train_seconds)
-    first = result.teacher_seconds + typical
-    return (
-        f"The first experiment cost {first:.0f} s, {result.teacher_seconds:.0f} s of it for the teacher, paid once "
-        f"(its training, and one pass over {result.cache_rows:,} rows into {_size(result.cache_bytes)} of cache); the "
-        f"second {typical:.0f} s, {first / typical:.1f} times less (the median student; {least.student}: "
-        f"{least.train_seconds:.1f} s)."
-    )
+        typer.echo("\n\n".join(f"{name}\n{show_facts(found)}" for name, found in facts.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from softlabels.cli import _recipe_table
 from softlabels.config import build_options
 from softlabels.errors import ConfigError, StudentError
 from softlabels.recipes import Recipe
 from softlabels.run import RunResult, run_recipe
 from softlabels.runs import load_run, read_record
+from softlabels.tables import recipe_table
 from tests.models import TEXTS, save_teacher
 
 HALF = {"prune": {"magnitude": 0.5}}
@@ -89,7 +89,7 @@ def test_every_chain_is_a_row(place: Path, done: RunResult) -> None:
     assert both.nonzero <= pruned.nonzero == pytest.approx(plain.nonzero / 2, rel=0.1)
     assert both.seconds > pruned.seconds and plain.seconds == 0.0
     assert onnx.parameters < first.parameters == retrained.parameters  # its heads left the graph
-    table = _recipe_table(done)
+    table = recipe_table(done)
     assert "distil, prune magnitude 0.5, retrain, int8" in table and "times" not in table.split("Faster")[1]
     assert json.loads((place / "out" / "results.json").read_text())["compressed"][1]["steps"] == "distil, int8"
 

@@ -14,12 +14,13 @@ import yaml
 from safetensors.torch import load_file
 
 from softlabels.cache import open_cache
-from softlabels.cli import _federation_table, _guarded
+from softlabels.cli import _guarded
 from softlabels.corpus import Corpus, read_corpus
 from softlabels.errors import ConfigError, CorpusError
 from softlabels.federated import run_federation
 from softlabels.parties import split_among_parties
 from softlabels.recipes import FederatedRecipe, read_experiment, read_recipe
+from softlabels.tables import federation_table
 from softlabels.types import Example
 from tests.models import TEXTS, save_model, tiny_classifier, tiny_tokenizer
 
@@ -125,7 +126,7 @@ def test_nothing_private_leaves_a_party(place: Path, tmp_path: Path) -> None:
     assert [len(row.each_round) for row in result.rows] == [2, 2] and len(result.consensus_accuracy) == 2
     assert result.shared_bytes > 0 and result.common_rows == 20
     assert result.rows[0].gain == pytest.approx(result.rows[0].accuracy - result.rows[0].alone_accuracy)
-    table = _federation_table(result)
+    table = federation_table(result)
     assert "party-2" in table and "left the parties" in table
 
     said.clear()

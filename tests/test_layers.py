@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
-    "cli": ["__main__", "cli"],
+    "cli": ["__main__", "cli", "tables"],
     "run": ["federated", "run", "compression"],
     "stage": [
         "augment",
@@ -163,7 +163,15 @@ def test_how_imports_are_read(source, package, found):
 
 
 @pytest.mark.parametrize(
-    "module", ["softlabels", "softlabels.errors", "softlabels.config", "softlabels.recipes", "softlabels.cli"]
+    "module",
+    [
+        "softlabels",
+        "softlabels.errors",
+        "softlabels.config",
+        "softlabels.recipes",
+        "softlabels.cli",
+        "softlabels.tables",
+    ],
 )
 def test_light_imports(module):
     """In a fresh interpreter; `import softlabels` doesn't even bring numpy."""

@@ -15,12 +15,13 @@ import yaml
 from softlabels import run as run_module
 from softlabels.cache import open_cache
 from softlabels.cache.format import read_manifest
-from softlabels.cli import _guarded, _recipe_table
+from softlabels.cli import _guarded
 from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, StudentError, TeacherError
 from softlabels.foresight import check_recipe
 from softlabels.recipes import Recipe, read_recipe, recipes_folder
 from softlabels.run import RunResult, run_recipe
 from softlabels.runs import read_record
+from softlabels.tables import recipe_table
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
 
 STAGES = [
@@ -133,14 +134,14 @@ def test_the_table_is_what_the_stages_found(place: Path) -> None:
 
 def test_the_table_for_people(place: Path) -> None:
     result, _ = again(place, place / "done")
-    table = _recipe_table(result)
+    table = recipe_table(result)
     lines = table.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["linear", "small", "annealed"]
     assert "(2 seeds)" in lines[2] and "–" in lines[4] and "over 50 rows" in table
     row = {"times_faster": None, "macro_f1_hard": None}
     untimed = [type(result.rows[0])(**({f: getattr(r, f) for f in r.__slots__} | row)) for r in result.rows]
     changed = {f: getattr(result, f) for f in result.__slots__} | {"rows": untimed, "teacher_ms": None}
-    assert "can't be timed" in _recipe_table(RunResult(**changed))
+    assert "can't be timed" in recipe_table(RunResult(**changed))
 
 
 # ------------------------------------------------------------------------------------------------- what is done again

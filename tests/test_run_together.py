@@ -12,13 +12,14 @@ import torch
 import yaml
 
 from softlabels.cache import open_cache
-from softlabels.cli import _guarded, _recipe_table
+from softlabels.cli import _guarded
 from softlabels.config import MultiTaskOptions, StudentOptions
 from softlabels.errors import ConfigError
 from softlabels.evaluate import evaluate
 from softlabels.recipes import MultiTaskRecipe, Recipe, alone_options, read_experiment, read_recipe, recipes_folder
 from softlabels.run import RunResult, run_recipe, run_tasks
 from softlabels.runs import read_record
+from softlabels.tables import recipe_table
 from tests.models import TEXTS, save_model, tiny_classifier, tiny_tokenizer
 
 SMALL = {"layers": 1, "hidden_size": 16, "heads": 4}
@@ -129,7 +130,7 @@ def test_a_second_run_of_a_pair_skips_all(place: Path) -> None:
     said: list[str] = []
     result = run_recipe(read_recipe(str(place / "pair.yaml")), out=place / "pair", say=said.append, cpu=True)
     assert said == [] and result.skipped == 3 + 1 + 3 + 2 + 3
-    table = _recipe_table(result)
+    table = recipe_table(result)
     assert "acc alone" in table and "acc hard" not in table and "by itself, on the same losses" in table
 
 
@@ -223,7 +224,7 @@ def test_a_second_run_of_several_tasks_skips_all_and_a_change_only_the_students(
     assert said == [] and result.skipped == 2 * 3 + 1 + 2 + 2 * 2
     _, said = again("student.power=1", "alone=false")
     assert said == ["train-seed0 …", "evaluate-subject-seed0 …", "evaluate-length-seed0 …"]
-    assert len(_recipe_table(result).splitlines()) > 4
+    assert len(recipe_table(result).splitlines()) > 4
 
 
 def test_tasks_train_from_caches_too(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,8 @@ rows counts. 'plain' is what the set-up is held against:
 
 ensemble     a BiLSTM from the mean of three teachers' probabilities      plain: from the first one's cache
 federated    three parties with uneven classes, a BiLSTM each             plain: on the party's own labels alone
-joint        two small transformers that learn from each other            plain: each by itself, on the same losses
+joint        two students of two layers that learn from each other        plain: each by itself, on the same losses; one
+             whose losses are on layers alone, and which the other teaches to answer, then learns that from the teacher
 multitask    one small transformer for all tasks, annealed                plain: one for each task, annealed
 assistant    a transformer of 2 layers, 96 wide, by way of an assistant   plain: from the teacher's own cache
 alp-kd, ckd, emd, taylor-fo, progressive    3 of MiniLM's layers          plain: as many epochs of KL (and CE) alone
@@ -165,11 +166,16 @@ def joint(place: Place) -> dict[str, Figures]:
     from softlabels.cache import open_cache
     from softlabels.corpus import read_corpus
     from softlabels.joint import train_joint
+    from softlabels.pretrained import resolve_pretrained
     from softlabels.recipes import alone_options, joint_of_recipe
     from softlabels.train import train_student
 
     options = joint_of_recipe("joint", None, seed=place.seed)
-    students = {name: each.model_copy(update={"rows": ROWS}) for name, each in options.students.items()}
+    start = {"init_from": str(resolve_pretrained(MINILM))}  # what the recipe calls base
+    students = {
+        name: each.model_copy(update={"rows": ROWS, "options": each.options | start})
+        for name, each in options.students.items()
+    }
     options = options.model_copy(update={"students": students})
     cache, dev = open_cache(place.task / "cache"), read_corpus(place.task / "dev.jsonl")
     train_joint(cache, out=place.out / "pair", options=options, validation=dev, cpu=True)
