@@ -286,7 +286,7 @@ def _cost_line(result) -> str:
     first = result.teacher_seconds + typical
     return (
         f"The first experiment cost {first:.0f} s, {result.teacher_seconds:.0f} s of it for the teacher, paid once "
-        f"(its training, and one pass over {result.cache_rows:,} rows into {show_size(result.cache_bytes)} of cache); the "
-        f"second {typical:.0f} s, {first / typical:.1f} times less (the median student; {least.student}: "
+        f"(its training, and one pass over {result.cache_rows:,} rows into {show_size(result.cache_bytes)} of cache); "
+        f"the second {typical:.0f} s, {first / typical:.1f} times less (the median student; {least.student}: "
         f"{least.train_seconds:.1f} s)."
     )

@@ -65,6 +65,9 @@ TASKS = {
     "tnews": Task(labelled=4000, unlabelled=1000, test=2000, epochs=6, chinese=True),
 }
 SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
+# of several teachers, students or tasks, or held against another counterpart: bench_beyond has these
+BEYOND = {"alp-kd", "assistant", "ckd", "compression", "emd", "ensemble", "federated", "joint", "multitask"}
+BEYOND |= {"progressive", "quickstart", "taylor-fo"}
 NO_START = ("init_from", "init_layers")
 
 
@@ -328,7 +331,7 @@ def print_task(name: str, cost: dict[str, Any], jobs: list[Job], found: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--recipes", default=None, help="by default all but quickstart")
+    parser.add_argument("--recipes", default=None, help="by default all of one teacher and student")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=None, help="what is made stays there, and a broken run goes on")
@@ -341,7 +344,7 @@ def main() -> None:
     os.environ["SOFTLABELS_QUIET"] = "1"
     from softlabels.recipes import recipes_folder
 
-    names = sorted(path.stem for path in recipes_folder().glob("*.yaml") if path.stem != "quickstart")
+    names = sorted(path.stem for path in recipes_folder().glob("*.yaml") if path.stem not in BEYOND)
     recipes = given.recipes.split(",") if given.recipes else names
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
