@@ -202,6 +202,8 @@ class FieldSpec(_Part):
             raise ValueError(f"int8 is for row and token fields, not for a {self.kind} field: store it as float16")
         if self.type in WHOLE and self.kind != "target":
             raise ValueError(f"{self.type} is for target fields")
+        if self.heads is not None and self.width % self.heads:
+            raise ValueError(f"a width of {self.width} can't be split into {self.heads} heads")
         return self
 
     def values(self, tokens: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:

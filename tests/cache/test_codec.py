@@ -339,3 +339,10 @@ def test_one_huge_token_costs_the_others_nothing(states: list[Tensor]) -> None:
     assert relative_error(vectors[1:], there_and_back(vectors, "int8")[1:]) < 0.01
     by_maxima = there_and_back(vectors, "int8", channels=vectors[:SAMPLE].abs().amax(dim=0).numpy())
     assert relative_error(vectors[1:], by_maxima[1:]) > 0.02
+
+
+def test_a_width_that_heads_do_not_divide_is_no_field() -> None:
+    """Found by the fuzzer: such a manifest was read, and its values could not be."""
+    with pytest.raises(ValueError, match="a width of 4 can't be split into 3 heads"):
+        FieldSpec(kind="token", type="float16", width=4, heads=3)
+    assert FieldSpec(kind="token", type="float16", width=4, heads=2).heads == 2

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from softlabels.errors import ConfigError
-from softlabels.losses import HARD, LAYER_LOSSES, LOSSES, NEEDS
+from softlabels.losses import HARD, LAYER_LOSSES, LOSSES, NEEDS, PENALTIES
 from softlabels.losses.annealing import annealing_mse
 from softlabels.types import NO_LABEL, Signals
 from tests.losses.logit_references import reference
@@ -217,5 +217,5 @@ def test_a_batch_without_labels_has_no_hard_term() -> None:
 
 
 def test_every_soft_loss_says_what_it_reads() -> None:
-    assert {name for name in NEEDS if not NEEDS[name]} == set(HARD)
-    assert NEEDS.keys() == LOSSES.keys() | LAYER_LOSSES.keys()
+    assert {name for name in NEEDS if not NEEDS[name]} == {*HARD, *PENALTIES}
+    assert NEEDS.keys() == LOSSES.keys() | LAYER_LOSSES.keys() | PENALTIES.keys()
