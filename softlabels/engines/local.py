@@ -27,6 +27,7 @@ from softlabels.cache.format import EXAMPLES
 from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.engines.beside import Ahead, Behind
 from softlabels.engines.carry import Carried, Carrier
+from softlabels.engines.memory import Trimmer
 from softlabels.errors import TeacherError
 from softlabels.progress import Update
 from softlabels.tasks import TaskLabels
@@ -78,6 +79,7 @@ def run_shards(
     """
     shards = _Shards(build, overflow)
     room = _ROOM.get(steps.device.type, 1)
+    trim = Trimmer()
     carrier = Carrier(steps.device, build.manifest.fields, slots=room + 1)
     made = ((task, steps.tokenize(task)) for task in tasks)
     gpu = torch.cuda.device(steps.device) if steps.device.type == "cuda" else nullcontext()  # pinned memory is its
@@ -89,6 +91,7 @@ def run_shards(
         ):
             teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
             for task, rows in tokenized:
+                trim()
                 first: list[Callable[[], Any]] = [partial(shards.begin, task, rows)]
                 if set(task.missing) - {EXAMPLES}:
                     for batch in teacher.batches(rows.examples):

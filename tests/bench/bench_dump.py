@@ -246,8 +246,8 @@ peak_child(Path(sys.argv[1]), int(sys.argv[2]))
 
 def peak_child(folder: Path, rows: int) -> None:
     """In a fresh process: the peak before the dump, and after it."""
-    corpus = corpus_of(20_000)
-    corpus = Corpus(source="sst2", split=None, examples=corpus.examples[:rows], label_names=None)
+    whole = corpus_of(20_000)  # of which nothing is let go: both children hold the same texts
+    corpus = Corpus(source="sst2", split=None, examples=whole.examples[:rows], label_names=None)
     options = DumpOptions(capture=["logits", "hidden:all"], shard_rows=SHARD_ROWS, batch_tokens=4096)
     with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
         report = stage.dump(corpus, teacher=str(folder / "teacher"), out=Path(out) / "c", options=options, device="cpu")

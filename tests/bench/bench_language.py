@@ -90,11 +90,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of the teacher's training")
     parser.add_argument("--model", type=Path, default=None, help="keep the teacher there")
     parser.add_argument("--corpora", type=Path, default=CORPORA)
-    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ce", type=float, default=0.0, help="weight of the tokens themselves; KL has the rest")
-    parser.add_argument("--lr", type=float, default=3e-3, help="the students' (%(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="the students'; at 3e-3 a seed moves perplexity by 5 %% (%(default)s)"
+    )
     parser.add_argument(
         "--only", default=None, help="some of the forms, by their names, with semicolons between; full logits first"
     )
