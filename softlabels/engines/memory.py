@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import time
+from contextlib import suppress
+from typing import Any
 
 _SECONDS = 1.0  # between two times: pages that go back must be fetched again
 
@@ -17,10 +19,9 @@ class Trimmer:
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds, self._last = seconds, time.monotonic()
-        try:
+        self._trim: Any = None
+        with suppress(AttributeError, OSError, TypeError):  # another C library; TypeError on Windows
             self._trim = ctypes.CDLL(None).malloc_trim
-        except (AttributeError, OSError, TypeError):  # another C library; TypeError on Windows
-            self._trim = None
 
     def __call__(self) -> bool:
         """Whether anything was given back."""

@@ -191,9 +191,9 @@ def make_teacher(name: str, task: Task, folder: Path) -> dict[str, Any]:
 
 def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: Path, scale: int) -> Iterator[Job]:
     """Every student of every recipe, and each twin once."""
+    from softlabels.config import fingerprint
     from softlabels.recipes import read_recipe
 
-    twins: dict[str, str] = {}
     for recipe_name in recipes:
         recipe = read_recipe(recipe_name)
         for entry in recipe.students:
@@ -219,7 +219,7 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
             start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name.startswith("pkd")}
             hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs}
             key = json.dumps(hard, sort_keys=True)
-            twin = twins.setdefault(key, f"twin{len(twins)}-{entry.student}")
+            twin = f"twin-{entry.student}-{fingerprint(key)[:8]}"  # the same whichever recipes are asked for
             for seed in range(seeds):
                 yield Job(task_name, recipe_name, entry.name, "soft", seed, options | {"seed": seed}, twin)
                 yield Job(task_name, recipe_name, entry.name, "hard", seed, hard | {"seed": seed}, twin)
