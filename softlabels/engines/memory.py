@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-_SECONDS = 1.0  # between two times: pages that go back must be fetched again
+_SECONDS = 20.0  # between two times: pages that go back must be fetched again, which at every second cost a tenth
 
 
 class Trimmer:
