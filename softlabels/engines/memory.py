@@ -1,32 +1,47 @@
-"""Memory that was freed goes back to the system now and then, so that a dump does not grow with its corpus.
+"""Memory that was freed goes back to the system when there is much of it, so that a dump does not grow with its corpus.
 
 Batches differ in shape. glibc keeps the holes that their tensors leave, and a process that has no more in use than
-before grows all the same: a small teacher's from 580 MB over 2,000 rows to 790 over 60,000; like this, 600 and 647.
+before grows all the same: a small teacher's from 580 MB over 2,000 rows to 790 over 60,000.
 """
 
 from __future__ import annotations
 
 import ctypes
-import time
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-_SECONDS = 20.0  # between two times: pages that go back must be fetched again, which at every second cost a tenth
+_GROWTH = 48 << 20  # bytes: pages that go back must be fetched again, which at every second cost a tenth of the speed
+_SIZES = Path("/proc/self/statm")  # pages: all, in memory, of these shared
 
 
 class Trimmer:
-    """Gives back what is free, each time it is called after a while; does nothing where the C library isn't glibc."""
+    """Gives back what is free each time the process has grown by `growth` bytes since; nothing where that isn't known.
 
-    def __init__(self, seconds: float = _SECONDS) -> None:
-        self._seconds, self._last = seconds, time.monotonic()
+    It is done by the GNU C library, and the size is Linux's to tell.
+    """
+
+    def __init__(self, growth: int = _GROWTH) -> None:
+        self._growth, self._least = growth, resident()
         self._trim: Any = None
         with suppress(AttributeError, OSError, TypeError):  # another C library; TypeError on Windows
             self._trim = ctypes.CDLL(None).malloc_trim
 
     def __call__(self) -> bool:
         """Whether anything was given back."""
-        now = time.monotonic()
-        if self._trim is None or now - self._last < self._seconds:
+        now = resident()
+        if self._trim is None or now is None or self._least is None or now < self._least + self._growth:
             return False
-        self._last = now
-        return bool(self._trim(0))
+        given = bool(self._trim(0))
+        self._least = resident()
+        return given
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory that no file backs; None where the system doesn't say."""
+    try:
+        _, pages, shared = map(int, _SIZES.read_text().split()[:3])
+    except (OSError, ValueError):
+        return None
+    return (pages - shared) * os.sysconf("SC_PAGE_SIZE")
