@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch):
+    """No progress is shown, and torch has one thread: more of them only wait for each other over tiny models."""
+    import torch  # here, for what is set above is read when it is loaded
+
+    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

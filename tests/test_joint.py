@@ -45,13 +45,7 @@ def options(how: dict[str, Any] | None = None, **local: Any) -> JointOptions:
     return build_options(JointOptions, {"students": students, "couple": how or {}}, where="test")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

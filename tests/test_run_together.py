@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from softlabels.cache import open_cache
@@ -26,13 +25,7 @@ SMALL = {"layers": 1, "hidden_size": 16, "heads": 4}
 LAYERS = [{"loss": "hidden_mse", "map": "final", "project": "linear", "weight": 0.1}]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:

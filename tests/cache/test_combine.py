@@ -37,13 +37,7 @@ ROWS, SHARD_ROWS = 40, 16
 EXAMPLES = [Example(f"r{i}", text, label=name if i % 5 else None) for i, (text, name) in enumerate(TEXTS[:ROWS])]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

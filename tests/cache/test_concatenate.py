@@ -31,13 +31,7 @@ PARTS = [(0, 11), (11, 27), (27, 40)]  # with 8 rows a file, none of them ends w
 CAPTURES = ["logits", "hidden:1", "attention:1", "hidden:2@cls"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SOFTLABELS_QUIET", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
