@@ -154,7 +154,10 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
         from softlabels.federated import run_federation
 
         parties = run_federation(recipe, out=folder, say=_say, cpu=cpu)
-        _print_json(parties.to_dict()) if as_json else typer.echo(federation_table(parties))
+        if as_json:
+            _print_json(parties.to_dict())
+        else:
+            typer.echo(federation_table(parties))
         return
     from softlabels.run import run_recipe, run_tasks
 

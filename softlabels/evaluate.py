@@ -159,6 +159,15 @@ def _fidelity(student: Run | Average, corpus: Corpus, logits: np.ndarray, cache:
     )
 
 
+def score_teacher(cache: Cache) -> dict[str, float] | None:
+    """Accuracy and macro-F1 of a cache's logits on its labelled rows; None where no row has a label."""
+    rows = cache.labels != NO_LABEL
+    if not rows.any():
+        return None
+    truth, said = cache.labels[rows], cache.column("logits")[rows].argmax(axis=1)
+    return {"accuracy": float(accuracy_score(truth, said)), "macro_f1": _macro_f1(truth, said, cache.label_names)}
+
+
 def _macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
     return float(f1_score(truth, predicted, labels=list(range(len(names))), average="macro", zero_division=0.0))
 

@@ -25,22 +25,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-
 from softlabels.cache import open_cache
 from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
-from softlabels.config import BASE, CombineOptions, DumpOptions, StudentOptions, TeacherTraining, fingerprint
+from softlabels.config import BASE, DumpOptions, StudentOptions, TeacherTraining, fingerprint
 from softlabels.corpus import Corpus, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import CorpusError
-from softlabels.evaluate import evaluate
+from softlabels.evaluate import evaluate, score_teacher
 from softlabels.parties import split_among_parties
 from softlabels.pretrained import resolve_pretrained
-from softlabels.recipes import FederatedRecipe
+from softlabels.recipes import FederatedRecipe, on_labels_alone, plain_options
+from softlabels.run import train_run
 from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, train_teacher
-from softlabels.train import check_options, train_student
+from softlabels.train import check_options
 from softlabels.types import NO_LABEL
 
 
@@ -245,7 +244,7 @@ def _agree(shared: _Shared, caches: list[Made], name: str) -> Made:
 
     def work() -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
-        report = combine([cache.path for cache in caches], out=out, options=CombineOptions(**options.model_dump()))
+        report = combine([cache.path for cache in caches], out=out, options=options)
         return {"rows": report.rows}
 
     found = shared.stages.run(name.replace("/", "-"), key, work, makes=out / "manifest.json")
@@ -264,16 +263,8 @@ def _learn_alone(shared: _Shared, party: _Party) -> dict[str, Any]:
     """The scores of the same student on the party's own labels, without the others."""
     own = _dump(shared, _train_teacher(shared, party), party.own, "cache-own", under=party.folder)
     student = shared.recipe.student
-    epochs = shared.recipe.hard_epochs or sum(phase.epochs or 0 for phase in student.all_phases())
-    changes = {
-        "losses": {"ce": 1.0},
-        "temperature": "1",
-        "phases": [],
-        "epochs": epochs,
-        "lr": student.all_phases()[-1].lr,
-    }
-    kept = {name: getattr(student, name) for name in StudentOptions.model_fields}
-    return _score(shared, party, _train(shared, party, own, StudentOptions(**(kept | changes)), name="alone"), "alone")
+    options = plain_options(student, on_labels_alone(student, shared.recipe.hard_epochs))
+    return _score(shared, party, _train(shared, party, own, options, name="alone"), "alone")
 
 
 def _train(shared: _Shared, party: _Party, cache: Made, options: StudentOptions, *, name: str) -> Made:
@@ -283,11 +274,7 @@ def _train(shared: _Shared, party: _Party, cache: Made, options: StudentOptions,
         changes["options"] = options.options | {"init_from": shared.base}
     own = options.model_copy(update=changes)
     key = fingerprint([own.model_dump(), cache.key])
-
-    def work() -> dict[str, Any]:
-        shutil.rmtree(out, ignore_errors=True)
-        return {"seconds": train_student(open_cache(cache.path), out=out, options=own, cpu=shared.cpu).train_seconds}
-
+    work = partial(train_run, Path(cache.path), out, own, cpu=shared.cpu)
     found = shared.stages.run(f"{party.name}-{name}", key, work, makes=out / "config.json")
     return Made(str(out), key, found["seconds"], found)
 
@@ -307,15 +294,10 @@ def _score(shared: _Shared, party: _Party, model: Made, name: str) -> dict[str, 
     return shared.stages.run(f"{party.name}-score-{name}", [model.key, shared.test.hash], work)
 
 
-def _figures(cache: Made) -> dict[str, Any]:
-    from sklearn.metrics import f1_score
-
-    opened = open_cache(cache.path)
-    rows = np.flatnonzero(opened.labels != NO_LABEL)
-    said, true = opened.column("logits")[rows].argmax(1), opened.labels[rows]
-    classes = range(len(opened.label_names))
-    macro = f1_score(true, said, labels=classes, average="macro", zero_division=0.0)
-    return {"accuracy": float((said == true).mean()), "macro_f1": float(macro)}
+def _figures(cache: Made) -> dict[str, float]:
+    scores = score_teacher(open_cache(cache.path))
+    assert scores is not None  # _read asks for labelled test rows
+    return scores
 
 
 def _accuracy(cache: Made) -> float:

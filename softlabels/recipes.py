@@ -160,8 +160,7 @@ class StudentEntry(StudentOptions):
 
     def student_options(self, *, seed: int | None = None) -> StudentOptions:
         """The entry's student by itself."""
-        values = {name: getattr(self, name) for name in StudentOptions.model_fields}
-        return StudentOptions(**values | ({} if seed is None else {"seed": seed}))
+        return plain_options(self, {} if seed is None else {"seed": seed})
 
     def joint_options(self, *, seed: int | None = None) -> JointOptions:
         """The two students of `joint`."""
@@ -553,6 +552,18 @@ def student_of_recipe(name: str, student: str | None) -> StudentOptions:
 def plain_options(entry: StudentOptions, changes: dict[str, Any]) -> StudentOptions:
     """The options of a recipe's entry without what only the recipe needs, and with `changes`."""
     return StudentOptions(**({key: getattr(entry, key) for key in StudentOptions.model_fields} | changes))
+
+
+def on_labels_alone(student: StudentOptions, hard_epochs: int | None) -> dict[str, Any]:
+    """What makes `student` its hard-label twin, in as many epochs as its phases have where none are given."""
+    phases = student.all_phases()
+    return {
+        "losses": {"ce": 1.0},
+        "temperature": "1",
+        "phases": [],
+        "epochs": hard_epochs or sum(phase.epochs or 0 for phase in phases),
+        "lr": phases[-1].lr,  # the one at which it learns to answer
+    }
 
 
 def _set(data: Any, key: str, value: Any) -> None:

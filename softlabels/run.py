@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from softlabels.augment import augment
 from softlabels.cache import open_cache
@@ -45,7 +45,7 @@ from softlabels.config import (
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import ConfigError, CorpusError
-from softlabels.evaluate import evaluate
+from softlabels.evaluate import evaluate, score_teacher
 from softlabels.foresight import check_recipe, check_tasks_of_recipe, shape_assistant
 from softlabels.joint import train_joint
 from softlabels.multitask import train_multitask
@@ -58,16 +58,17 @@ from softlabels.recipes import (
     StudentEntry,
     TeacherChoice,
     alone_options,
+    on_labels_alone,
     plain_options,
 )
-from softlabels.runs import TOGETHER
+from softlabels.runs import RECORD, TOGETHER
 from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, teacher_task, train_teacher
 from softlabels.train import train_student
 from softlabels.training.many_tasks import task_options
 from softlabels.training.preparing import check_options
 from softlabels.training.records import TrainReport
-from softlabels.types import NO_LABEL, Task
+from softlabels.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,7 @@ def run_recipe(
 # the evaluations of a student, one a seed: 'soft', 'hard' (its twin's), 'alone' (of what trained together), 'direct'
 # (from the teacher's own cache and not an assistant's), and what 'compressed' ones gave
 _Found = dict[str, list[Any]]
+Report = TypeVar("Report")
 
 
 def run_tasks(
@@ -235,7 +237,7 @@ def _together(
 
     def train() -> dict[str, Any]:
         opened = {name: open_cache(cache.path) for name, cache in caches.items()}
-        return _go_on(out, partial(train_multitask, opened, out=out, options=options, cpu=cpu))
+        return _train_together(out, partial(train_multitask, opened, out=out, options=options, cpu=cpu))
 
     trained = stages.run(f"train-seed{seed}", key, train, makes=out / TOGETHER)
     for task in recipe.tasks:
@@ -247,10 +249,10 @@ def _together(
         )
         results[name]["soft"].append(found | {"train_seconds": trained["seconds"]})
         if recipe.alone:
-            alone = task_options(options, name)
-            results[name]["alone"].append(
-                _one(f"{name}-alone-seed{seed}", alone, stages, corpora[name], cache=cache, test=test, cpu=cpu)
-            )
+            alone = f"{name}-alone-seed{seed}"
+            run = stages.out / "students" / alone
+            made = _trained(f"train-{alone}", run, task_options(options, name), stages, cache=cache, cpu=cpu)
+            results[name]["alone"].append(_scored(alone, made, stages, corpora[name], test))
 
 
 _STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
@@ -440,11 +442,8 @@ def _combine(recipe: Recipe, stages: Stages, taught_by: list[_Taught]) -> tuple[
 
 
 def _accuracy(cache: Path) -> float | None:
-    """Of a cache's logits on its labelled rows; None where no row has a label."""
-    opened = open_cache(cache)
-    rows = opened.labels != NO_LABEL
-    right = opened.column("logits").argmax(axis=1) == opened.labels
-    return float(right[rows].mean()) if rows.any() else None
+    scores = score_teacher(open_cache(cache))
+    return None if scores is None else scores["accuracy"]
 
 
 def _augment(options: AugmentOptions, stages: Stages, corpora: _Corpora, teacher: Made, *, cpu: bool) -> None:
@@ -477,10 +476,8 @@ def _pretrain(recipe: Pretraining, stages: Stages, *, cpu: bool) -> Made:
     starts = _Starts(base=recipe.teacher.model, teacher=teacher)
     options = _started(recipe.student, starts)
     run = stages.out / under / "student"
-    key = fingerprint([options.model_dump(), cache.key])
-    work = partial(_train, Path(cache.path), run, options, cpu=cpu)
-    found = stages.run(_stage(under, "student"), key, work, makes=run / "run.json")
-    return Made(str(run), key, teacher.seconds + cache.seconds + found["seconds"], found)
+    made = _trained(_stage(under, "student"), run, options, stages, cache=cache, cpu=cpu)
+    return replace(made, seconds=teacher.seconds + cache.seconds + made.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,20 +501,12 @@ def _assistants(
         options = _started(plain_options(assistant, {"options": shaped}), starts)
         under = f"assistants/{assistant.name}"
         run = stages.out / under / "student"
-        key = fingerprint([options.model_dump(), cache.key])
-        found = stages.run(
-            f"assistant-{assistant.name}",
-            key,
-            partial(_train, Path(cache.path), run, options, cpu=cpu),
-            makes=run / "run.json",
-        )
-        made = Made(str(run), key, found["seconds"], found)
-        evaluated = stages.run(
-            f"evaluate-assistant-{assistant.name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
-        )
+        name = f"assistant-{assistant.name}"
+        made = _trained(name, run, options, stages, cache=cache, cpu=cpu)
+        evaluated = _scored(name, made, stages, corpora, test)
         dumped = assistant.dump or recipe.dump
         cache = _dump(dumped, stages, "cache", corpora, "transfer", teacher=made, cpu=cpu, under=under)
-        hops.append(_Hop(assistant.name, made, cache, evaluated | {"train_seconds": found["seconds"]}))
+        hops.append(_Hop(assistant.name, made, cache, evaluated))
         starts = replace(starts, assistant=made)
     return hops
 
@@ -541,7 +530,7 @@ def _student(
     found: _Found = {"soft": [], "hard": [], "direct": [], "compressed": []}
     tools = Tools(
         stages.run,
-        train=partial(_train, Path(cache.path), cpu=cpu),
+        train=partial(train_run, Path(cache.path), cpu=cpu),
         evaluate=lambda run: _evaluate(run, corpora, Path(test.path)),
         cache=Path(cache.path),
         test_key=test.key,
@@ -553,36 +542,35 @@ def _student(
             options = _started(_options(entry, kind, seed, pretrain), starts)
             name = f"{entry.name}-{kind}-seed{seed}"
             run = stages.out / "students" / name
-            pretrained = starts.pretrained.key if starts.pretrained and kind != "hard" else None
-            key = fingerprint([options.model_dump(), source.key, *([pretrained] if pretrained else [])])
-            trained = stages.run(
-                f"train-{name}", key, partial(_train, Path(source.path), run, options, cpu=cpu), makes=run / "run.json"
-            )
-            evaluated = stages.run(
-                f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path))
-            )
-            found[kind].append(evaluated | {"train_seconds": trained["seconds"]})
+            started = _pretrained_key(starts) if kind != "hard" else None
+            made = _trained(f"train-{name}", run, options, stages, cache=source, started=started, cpu=cpu)
+            found[kind].append(_scored(name, made, stages, corpora, test))
             if kind == "soft" and entry.compress:
-                found["compressed"].append(compress(Distilled(run, key, options), entry.compress, tools))
+                found["compressed"].append(compress(Distilled(run, made.key, options), entry.compress, tools))
     return found
 
 
-def _one(
-    name: str,
+def _trained(
+    stage: str,
+    run: Path,
     options: StudentOptions,
     stages: Stages,
-    corpora: _Corpora,
     *,
     cache: Made,
-    test: Made,
+    started: str | None = None,
     cpu: bool,
-) -> dict[str, Any]:
-    """The evaluation of one student, `students/NAME`."""
-    run, key = stages.out / "students" / name, fingerprint([options.model_dump(), cache.key])
-    work = partial(_train, Path(cache.path), run, options, cpu=cpu)
-    trained = stages.run(f"train-{name}", key, work, makes=run / "run.json")
-    evaluated = stages.run(f"evaluate-{name}", [key, test.key], partial(_evaluate, run, corpora, Path(test.path)))
-    return evaluated | {"train_seconds": trained["seconds"]}
+) -> Made:
+    """A student in the folder `run`; `started` is the fingerprint of the distilled one that it starts from, if any."""
+    key = fingerprint([options.model_dump(), cache.key, *([started] if started else [])])
+    work = partial(train_run, Path(cache.path), run, options, cpu=cpu)
+    found = stages.run(stage, key, work, makes=run / RECORD)
+    return Made(str(run), key, found["seconds"], found)
+
+
+def _scored(name: str, made: Made, stages: Stages, corpora: _Corpora, test: Made) -> dict[str, Any]:
+    """The evaluation of a student, with the seconds that its training took."""
+    work = partial(_evaluate, Path(made.path), corpora, Path(test.path))
+    return stages.run(f"evaluate-{name}", [made.key, test.key], work) | {"train_seconds": made.seconds}
 
 
 def _pair(
@@ -605,7 +593,7 @@ def _pair(
         )
 
         def train(out: Path = out, chosen: JointOptions = chosen) -> dict[str, Any]:
-            return _go_on(out, partial(train_joint, open_cache(cache.path), out=out, options=chosen, cpu=cpu))
+            return _train_together(out, partial(train_joint, open_cache(cache.path), out=out, options=chosen, cpu=cpu))
 
         trained = stages.run(f"train-{name}", key, train, makes=out / TOGETHER)
         runs = {student: out / student for student in JOINT_NAMES}
@@ -616,10 +604,9 @@ def _pair(
             runs = {student: stages.out / "students" / f"{entry.name}-{student}-seed{seed}" for student in JOINT_NAMES}
             keys = []
             for student, run in runs.items():
-                options = alone_options(chosen, student)
-                keys.append(fingerprint([options.model_dump(), cache.key, _pretrained_key(starts)]))
-                work = partial(_train, Path(cache.path), run, options, cpu=cpu)
-                stages.run(f"train-{run.name}", keys[-1], work, makes=run / "run.json")
+                options, started = alone_options(chosen, student), _pretrained_key(starts)
+                made = _trained(f"train-{run.name}", run, options, stages, cache=cache, started=started, cpu=cpu)
+                keys.append(made.key)
             found = _alone_and_averaged(f"{entry.name}-seed{seed}", runs, [*keys, test.key], stages, corpora, test)
             for student, evaluated in found.items():
                 rows[student]["alone"].append(evaluated)
@@ -655,9 +642,7 @@ def _options(entry: StudentEntry, kind: str, seed: int, pretrain: Pretraining | 
             options = pretrain.student.options | {key: options[key] for key in options.keys() - _STARTS}
         if options.get("init_from") in (TEACHER, ASSISTANT):
             options["init_from"] = BASE
-        changes |= {"losses": {"ce": 1.0}, "temperature": "1", "phases": [], "options": options}
-        changes["lr"] = entry.all_phases()[-1].lr  # the one at which it learns to answer
-        changes["epochs"] = entry.hard_epochs or sum(phase.epochs or 0 for phase in entry.all_phases())
+        changes |= on_labels_alone(entry, entry.hard_epochs) | {"options": options}
     return plain_options(entry, changes)
 
 
@@ -675,31 +660,32 @@ def _started(options: StudentOptions, starts: _Starts) -> StudentOptions:
     return options.model_copy(update={"options": options.options | {"init_from": folder}})
 
 
-def _train(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dict[str, Any]:
-    if (run / "run.json").exists():  # a finished student of other inputs: it belongs to this folder, and is cheap
-        shutil.rmtree(run)
-    try:
-        report = train_student(open_cache(cache), out=run, options=options, resume=True, cpu=cpu)
-    except ConfigError:
-        if not (run / "options.json").exists():
-            raise
-        shutil.rmtree(run)  # an unfinished student of another configuration
-        report = train_student(open_cache(cache), out=run, options=options, cpu=cpu)
+def train_run(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dict[str, Any]:
+    """Train one student into the folder `run`, as a stage; see `_in_folder` for what is there already."""
+    report = _in_folder(run, RECORD, partial(train_student, open_cache(cache), out=run, options=options, cpu=cpu))
     return {"seconds": report.train_seconds, "epochs": report.epochs, "rows": report.rows}
 
 
-def _go_on(out: Path, train: Callable[..., dict[str, TrainReport]]) -> dict[str, Any]:
+def _train_together(out: Path, train: Callable[..., dict[str, TrainReport]]) -> dict[str, Any]:
     """The same for what trains together in `out`."""
-    if (out / TOGETHER).exists():
+    reports = _in_folder(out, TOGETHER, train)
+    return {"seconds": max(report.train_seconds for report in reports.values())}
+
+
+def _in_folder(out: Path, receipt: str, train: Callable[..., Report]) -> Report:
+    """`train` in the folder `out`, which belongs to it: an unfinished training of the same configuration goes on.
+
+    What is finished (it has the `receipt`), or of another configuration, makes room: it is of other inputs, and cheap.
+    """
+    if (out / receipt).exists():
         shutil.rmtree(out)
     try:
-        reports = train(resume=True)
+        return train(resume=True)
     except ConfigError:
         if not (out / "options.json").exists():
             raise
         shutil.rmtree(out)
-        reports = train()
-    return {"seconds": max(report.train_seconds for report in reports.values())}
+        return train()
 
 
 def _evaluate(run: Path, corpora: _Corpora, cache: Path, *, others: Sequence[Path] = ()) -> dict[str, Any]:
