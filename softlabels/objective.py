@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.cache import Cache
-from softlabels.cache.reader import capture_of
 from softlabels.cache.vocab import VocabTeacher, open_vocab
 from softlabels.config import (
     AdaptiveTemperature,
-    DumpOptions,
     LossTerm,
     Phase,
     Schedule,
@@ -28,6 +25,7 @@ from softlabels.config import (
     suggest,
 )
 from softlabels.errors import CacheError, ConfigError
+from softlabels.lacking import capture_options, what_is_lacking
 from softlabels.layer_maps import map_groups, map_layers
 from softlabels.losses import (
     CONCATENATED,
@@ -238,7 +236,7 @@ def build_objective(phase: Phase, cache: Cache, *, student_layers: int | None) -
         vocab = open_vocab(cache)
     fields, lacking = _find_fields(terms, cache.fields.keys(), cache.teacher_config(), language=language)
     if lacking:
-        raise CacheError(_what_is_lacking(lacking, cache))
+        raise CacheError(what_is_lacking(lacking, cache))
     return Objective(terms, sorted({*fields, *(vocab.fields if vocab else ())}), language, vocab)
 
 
@@ -408,7 +406,7 @@ def refuse_lacking(
         first = min(lacking)
         raise ConfigError(
             f"loss '{lacking[first]}' needs {first}, which the recipe's dump does not take: add to its "
-            f"capture:{_captures(lacking).replace(' --capture', '')}"
+            f"capture:{capture_options(lacking).replace(' --capture', '')}"
         )
 
 
@@ -444,48 +442,6 @@ def _name(source: str, layer: int) -> str:
         return source
     kind, at, form = source.partition("@")
     return layer_field(kind, layer) + at + form
-
-
-def _what_is_lacking(lacking: dict[str, str], cache: Cache) -> str:
-    have = ", ".join(sorted(cache.fields)) or "no field"
-    first = min(lacking)
-    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    return (
-        f"loss '{lacking[first]}' needs {first}{more}; cache {cache.path} holds {have}. Add it with: "
-        f"{_dump_command(cache)}{_captures(lacking)}"
-    )
-
-
-def _dump_command(cache: Cache) -> str:
-    """The command that goes on with the cache: another configuration would be refused."""
-    manifest, usual = cache.manifest, DumpOptions()
-    said = {"--split": manifest.corpus.split, "--teacher": manifest.teacher.name, "--out": str(cache.path)}
-    if manifest.teacher.task != "sequence-classification":
-        said["--task"] = manifest.teacher.task
-    said["--max-length"] = str(manifest.dump.max_length)
-    for key in ("shard_rows", "batch_tokens", "dtype"):
-        if getattr(manifest.dump, key) != getattr(usual, key):
-            said[f"--{key.replace('_', '-')}"] = str(getattr(manifest.dump, key))
-    if (masking := manifest.dump.masking) is not None:
-        for option, key in (("--maskings", "times"), ("--mask-rate", "rate"), ("--mask-seed", "seed")):
-            if getattr(masking, key) != getattr(usual.masking, key):
-                said[option] = str(getattr(masking, key))
-    options = [f" {option} {shlex.quote(value)}" for option, value in said.items() if value]
-    text = "" if manifest.dump.text else " --no-text"
-    return f"softlabels dump {shlex.quote(manifest.corpus.source)}{''.join(options)}{text}"
-
-
-def _captures(fields: Iterable[str]) -> str:
-    """The options of a dump that give `fields`, a signal's layers in one."""
-    layers: dict[tuple[str, str], set[str]] = {}  # (capture, what stands behind the @)
-    for field in sorted(fields):
-        capture, _, rest = capture_of(field).partition(":")
-        layer, at, form = rest.partition("@")
-        layers.setdefault((capture, at + form), set()).update([layer] if layer else [])
-    return "".join(
-        f" --capture {capture}{':' if numbers else ''}{','.join(sorted(numbers, key=int))}{form}"
-        for (capture, form), numbers in layers.items()
-    )
 
 
 def teacher_layers(cache: Cache) -> int | None:

@@ -49,6 +49,7 @@ LAYERS = {
         "heads",
         "images",
         "labels",
+        "lacking",  # what a cache lacks for a recipe
         "layer_maps",
         "language_teacher",
         "losses",

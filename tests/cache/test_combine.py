@@ -466,6 +466,10 @@ def test_layers_are_the_first_caches(dumped: list[Path], tmp_path: Path) -> None
     assert list(batch.teacher.fields) == ["hidden.01", "logits"] and batch.rows.tolist() == [7, 3]
     combine(dumped, out=tmp_path / "out")
     assert set(open_cache(tmp_path / "out").fields) == {"logits"}
+    losses = [{"loss": "hidden_mse", "map": "final"}]
+    patient = StudentOptions.model_validate({"student": "transformer", "options": {"layers": 1}, "losses": losses})
+    with pytest.raises(CacheError, match=r"needs hidden.*several teachers' caches \(.*train from that teacher's cache"):
+        train_student(open_cache(tmp_path / "out"), out=tmp_path / "run", options=patient, cpu=True)
 
 
 def test_train_student_takes_several_caches(dumped: list[Path], tmp_path: Path, capsys) -> None:
