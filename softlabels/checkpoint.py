@@ -137,11 +137,17 @@ def save_checkpoint(out: Path, student: nn.Module, accelerator: Accelerator, sta
 def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: Accelerator) -> None:
     """The same of students that train together, by their names: one checkpoint, so that all go on from one epoch."""
     draft, place, old = _paths(out)
-    shutil.rmtree(draft, ignore_errors=True)
+    first = accelerator.is_main_process
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)
+    accelerator.wait_for_everyone()  # each process adds its random numbers to the draft
     epoch = max(standing.state.epoch for standing in standings.values())
     try:
         with _quiet_accelerate():
             accelerator.save_state(str(draft))
+        accelerator.wait_for_everyone()
+        if not first:
+            return accelerator.wait_for_everyone()  # for the first one, which puts it into place
         for name, standing in standings.items():
             _keep_best(name, standing, draft, place)
             write_file(draft / _progress(name), json.dumps(asdict(standing.state)).encode())
@@ -162,6 +168,7 @@ def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: 
     draft.rename(place)
     sync_folder(out)
     shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def _keep_best(name: str, standing: Standing, draft: Path, place: Path) -> None:

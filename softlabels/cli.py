@@ -976,11 +976,13 @@ def train_student_command(
     from softlabels.cache.combined import open_combined
     from softlabels.corpus import read_corpus
     from softlabels.train import train_student
+    from softlabels.training.processes import is_first_process
 
     opened = open_cache(caches[0]) if len(caches) == 1 else open_combined(caches, combining)
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
-    _finish(report, as_json)
+    if is_first_process():
+        _finish(report, as_json)
 
 
 def _which_student(name: str) -> dict[str, Any]:

@@ -64,6 +64,7 @@ from softlabels.training.learner import (
     put_back,
     refuse_divergence,
     refuse_lost_weights,
+    refuse_several,
     size,
     start_accelerator,
     steps_an_epoch,
@@ -71,6 +72,7 @@ from softlabels.training.learner import (
     try_out,
 )
 from softlabels.training.preparing import check_start, check_task, find_aims, student_spec, with_tokens
+from softlabels.training.processes import find_processes
 from softlabels.training.records import TrainReport, make_record, make_report, outcome_of
 from softlabels.training.streams import RandomStream
 from softlabels.training.validation import find_accuracy, held_out_batches, note_epoch
@@ -94,6 +96,7 @@ def train_joint(
     """
     started = time.monotonic()
     out = Path(out)
+    refuse_several(find_processes(cpu=cpu), "a pair of students")
     specs = {name: _check(name, cache, chosen, validation) for name, chosen in options.students.items()}
     stretches = _find_stretches(cache, options, specs, validation)
     _refuse_mute(stretches, options.couple)

@@ -27,8 +27,7 @@ def _where_of_combined(cache: Cache) -> str:
     names = ", ".join(dict.fromkeys(part.teacher for part in cache.manifest.combined.caches))
     if cache.manifest.combined.how == "rows":
         return (
-            f"It is made of the rows of other caches (teacher {names}): "
-            f"dump the field in each, and combine them again"
+            f"It is made of the rows of other caches (teacher {names}): dump the field in each, and combine them again"
         )
     return (
         f"It is made of several teachers' caches ({names}) and holds what they say together: layers are one teacher's "

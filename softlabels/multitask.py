@@ -50,6 +50,7 @@ from softlabels.training.learner import (
     put_back,
     refuse_divergence,
     refuse_lost_weights,
+    refuse_several,
     set_up,
     start_accelerator,
     steps_an_epoch,
@@ -58,6 +59,7 @@ from softlabels.training.learner import (
 )
 from softlabels.training.many_tasks import check_tasks, share_encoder, task_options
 from softlabels.training.preparing import find_stretches, student_spec
+from softlabels.training.processes import Processes, find_processes
 from softlabels.training.records import TrainReport, make_record, make_report, outcome_of
 from softlabels.training.validation import note_epoch, validate
 
@@ -79,6 +81,7 @@ def train_multitask(
     """
     started = time.monotonic()
     out = Path(out)
+    refuse_several(find_processes(cpu=cpu), "a student of several tasks")
     check_tasks(caches, options, validation)
     tasks = _prepare_tasks(caches, options, validation or {})
     with run_folder(out, _configuration(caches, options, validation or {}), resume=resume, receipt=TOGETHER):
@@ -228,7 +231,7 @@ def _train(tasks: Mapping[str, _Task], options: MultiTaskOptions, *, out: Path, 
     body, draws, state = _body(tasks), _Draws(tasks, options), Progress.of(out)
     attention = {name: task.student.config._attn_implementation for name, task in tasks.items()}
     accelerator = start_accelerator(out, cpu=cpu)
-    learners = _make_learners(tasks, options, accelerator, steps=options.epochs * draws.steps)
+    learners = _make_learners(tasks, options, accelerator, find_processes(cpu=cpu), steps=options.epochs * draws.steps)
     restore(out, accelerator, state)
     done = state.epoch * draws.steps
     with progress(options.epochs * draws.steps, description="train all tasks", unit="steps", done=done) as update:
@@ -250,7 +253,7 @@ def _train(tasks: Mapping[str, _Task], options: MultiTaskOptions, *, out: Path, 
 
 
 def _make_learners(
-    tasks: Mapping[str, _Task], options: MultiTaskOptions, accelerator: Accelerator, *, steps: int
+    tasks: Mapping[str, _Task], options: MultiTaskOptions, accelerator: Accelerator, processes: Processes, *, steps: int
 ) -> dict[str, Learner]:
     """A learner a task, all with the one optimiser that moves the encoder, the heads and the projections."""
     body = _body(tasks).to(accelerator.device)
@@ -268,7 +271,7 @@ def _make_learners(
         if objective.projections is not None:
             accelerator.prepare(objective.projections)
     return {
-        name: Learner(run, objective, accelerator, optimizer, schedule, steps)
+        name: Learner(run, objective, accelerator, optimizer, schedule, steps, processes)
         for name, (run, objective) in set_ups.items()
     }
 

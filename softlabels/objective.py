@@ -39,6 +39,7 @@ from softlabels.losses import (
     TRANSPORT,
     TWO_LAYERS,
 )
+from softlabels.losses.means import share
 from softlabels.losses.temperatures import cwsm, flsw
 from softlabels.losses.transport import LayerWeights
 from softlabels.projections import Projections
@@ -173,7 +174,7 @@ class Objective:
         }
         if term.loss in PENALTIES:
             penalty: Callable[..., Tensor] = PENALTIES[term.loss]
-            return penalty(self.parameters, **options).to(student.mask.device)
+            return share(penalty(self.parameters, **options).to(student.mask.device))
         if term.loss in LAYER_LOSSES:
             on_layers: Callable[..., Tensor] = LAYER_LOSSES[term.loss]
             values = [

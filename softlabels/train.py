@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from softlabels.cache import Cache
 from softlabels.cache.loader import LoadOptions
-from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
+from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, save_checkpoint
 from softlabels.config import StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.phases import frozen
@@ -37,6 +37,7 @@ from softlabels.training.learner import (
     put_back,
     refuse_divergence,
     refuse_lost_weights,
+    refuse_several,
     size,
     start_accelerator,
     steps_an_epoch,
@@ -54,6 +55,7 @@ from softlabels.training.preparing import (
     student_spec,
     with_tokens,
 )
+from softlabels.training.processes import Processes, find_processes, first_talks, shared_run_folder
 from softlabels.training.records import Outcome, TrainReport, make_record, make_report, outcome_of
 from softlabels.training.validation import note_epoch, validate
 from softlabels.types import Signals
@@ -74,25 +76,33 @@ def train_student(
     labelled rows are used. `validation`, labelled, picks the best epoch by accuracy; without it `options.validation` of
     the rows is held out and the objective on them decides. `resume` goes on after the last whole epoch, to the same
     result. What the cache cannot give is refused before a row of it is read.
+
+    Under `accelerate launch` every process calls this with the same arguments, and `out` is a folder that all of them
+    see. They divide each batch: `batch_size` is that of all together, and the result that of one process, to rounding
+    (with dropout, whose draws are each process's own, as near as another seed). The first one writes.
     """
     started = time.monotonic()
     out = Path(out)
+    processes = find_processes(cpu=cpu)
     check_options(options)
     check_start(options)
     check_task(cache, options, validation)
     spec = student_spec(cache, options)
     source = read_source(options, cache, out)
     stretches = find_stretches(cache, options, spec, validation=validation, source=source)
-    with run_folder(out, _configuration(cache, options, validation), resume=resume):
+    with shared_run_folder(out, _configuration(cache, options, validation), processes, resume=resume):
         if options.student == LINEAR:
+            refuse_several(processes, "a linear student")
             outcome = _train_linear(cache, options, stretches[0])
         else:
             used = np.unique(np.concatenate([stretch.split.train for stretch in stretches]))
             spec = with_tokens(spec, cache, used)
-            outcome = _train_network(cache, options, stretches, spec, source, out=out, cpu=cpu)
+            outcome = _train_network(cache, options, stretches, spec, source, processes, out=out, cpu=cpu)
         record = make_record(cache, options, stretches, outcome, source=source)
-        save_run(out, outcome.student, record, tokenizer=cache.tokenizer())
-        drop_checkpoint(out)
+        if processes.is_first:
+            save_run(out, outcome.student, record, tokenizer=cache.tokenizer())
+            drop_checkpoint(out)
+        processes.wait()
     return make_report(out, record, seconds=time.monotonic() - started)
 
 
@@ -113,16 +123,18 @@ def _train_epoch(
         epoch=state.epoch,
         options=LoadOptions(reuse=True),  # a batch is done with when the next one is asked for
     )
-    total = 0.0
-    with closing(iter(loader)) as batches:  # its thread ends here, also when a step fails
-        for batch in batches:
+    total, mine = 0.0, learner.processes.part(loader)  # rows of each batch; all of them, where one process trains alone
+    with closing(iter(mine)) as batches:  # its thread ends here, also when a step fails
+        for rows, batch in zip(loader.batches, batches, strict=True):
             batch = batch.to(learner.accelerator.device)
             student_says = forward(learner.run, batch.tokens)
             teacher_says = objective.hear(batch.teacher)
             done = (state.step - state.phase_start) / max(learner.steps - 1, 1)
-            loss, parts = objective(student_says, teacher_says, progress=done)
+            with learner.processes.batch(len(rows)):
+                loss, parts = objective(student_says, teacher_says, progress=done)
             take_step(learner, loss, clip=options.clip, phase=stretch.phase, state=state)
             figures = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+            figures = learner.processes.totals(figures)
             learner.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=state.step)
             state.step += 1
             total += figures["loss"]
@@ -137,6 +149,7 @@ def _train_network(
     stretches: list[Stretch],
     spec: StudentSpec,
     source: Run | None,
+    processes: Processes,
     *,
     out: Path,
     cpu: bool,
@@ -152,14 +165,21 @@ def _train_network(
     totals = [size(stretch.phase.epochs) * steps_an_epoch(stretch) for stretch in stretches]
     before = sum(totals[: state.phase])
     done = before + (state.epoch - state.phase_epoch) * steps_an_epoch(stretches[state.phase])
-    with progress(sum(totals), description=f"train {options.student}", unit="steps", done=done) as update:
+    processes.draw_apart(options.seed)
+    with (
+        first_talks(processes),
+        progress(sum(totals), description=f"train {options.student}", unit="steps", done=done) as update,
+    ):
         for number in range(state.phase, len(stretches)):
             if number > state.phase:
                 student.load_state_dict(best_weights(out), strict=True)
                 state.next_phase()
                 set_seed(options.seed + number)
+                processes.draw_apart(options.seed + number)
             with frozen(student, stretches[number].phase.freeze):
-                _train_phase(student, cache, stretches[number], options, state, out=out, cpu=cpu, update=update)
+                accelerator = start_accelerator(out, cpu=cpu)
+                learner = make_learner(student, cache, stretches[number], options, accelerator, processes)
+                _train_phase(learner, cache, stretches[number], options, state, out=out, update=update)
             put_back(student, attention)
     student.load_state_dict(best_weights(out), strict=True)
     return outcome_of(student, state, pruned)
@@ -177,18 +197,16 @@ def _prune(student: PreTrainedModel, options: StudentOptions, source: Run | None
 
 
 def _train_phase(
-    student: PreTrainedModel,
+    learner: Learner,
     cache: Cache,
     stretch: Stretch,
     options: StudentOptions,
     state: Progress,
     *,
     out: Path,
-    cpu: bool,
     update,
 ) -> None:
     """Epochs with validation, checkpoints and early stopping."""
-    learner = make_learner(student, cache, stretch, options, start_accelerator(out, cpu=cpu))
     restore(out, learner.accelerator, state)
     while state.epoch - state.phase_epoch < size(stretch.phase.epochs) and not is_exhausted(state, options):
         began = time.monotonic()
@@ -199,8 +217,9 @@ def _train_phase(
         note_epoch(state, scores, {**phase, "train/loss": loss})
         learner.accelerator.log(scores, step=state.step)
         state.seconds += time.monotonic() - began
-        save_checkpoint(out, student, learner.accelerator, state)
-    learner.accelerator.end_training()
+        save_checkpoint(out, learner.run.model, learner.accelerator, state)
+    for tracker in learner.accelerator.trackers:  # and not end_training, which would part the processes
+        tracker.finish()
     learner.accelerator.free_memory()
 
 

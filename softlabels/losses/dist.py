@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softlabels.losses.means import all_rows, mean, share_of_all_rows
 from softlabels.losses.rows import check_classes, compare
 from softlabels.types import Signals
 
@@ -25,14 +26,15 @@ def dist(
     rows = compare(student, teacher, temperature=temperature)
     check_classes(rows, "dist", "two probabilities always correlate by 1 or −1, whose gradient is 0")
     p, q = rows.log_p.exp(), rows.log_q.exp()  # (N, C)
-    return beta * _distance(p, q) + gamma * _distance(p.T, q.T)
+    within = _distances(p, q)
+    between = _distances(all_rows(p).T, all_rows(q).T)
+    return beta * mean(within.sum(), len(within)) + gamma * share_of_all_rows(between.mean())
 
 
-def _distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """The mean over the first dimension of 1 − r, r over the second."""
+def _distances(teacher: Tensor, student: Tensor) -> Tensor:
+    """(N,) from (N, M) twice: 1 − r, r over the second dimension."""
     a, b = _standardise(teacher), _standardise(student)
-    distances = a.square().sum(dim=1) - (a * b).sum(dim=1)  # 1 − r, or 0 − 0 where the teacher doesn't vary
-    return distances.sum() / max(len(distances), 1)
+    return a.square().sum(dim=1) - (a * b).sum(dim=1)  # 0 − 0 where the teacher doesn't vary
 
 
 def _standardise(values: Tensor) -> Tensor:

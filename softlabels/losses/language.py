@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softlabels.errors import ConfigError
 from softlabels.losses import vocab
+from softlabels.losses.means import mean
 from softlabels.losses.vocab import Tail
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import NO_LABEL, Signals
@@ -37,13 +38,13 @@ def mse_logits(student: Signals, teacher: Signals, *, temperature: float = 1.0) 
     logits = teacher.vocabulary
     if isinstance(logits, TruncatedLogits):
         raise ConfigError("loss 'mse_logits' needs all logits: dump them with --capture vocab:exact, or take kl")
-    return (logits - student.logits).square().sum(dim=-1).sum() / max(len(logits), 1)
+    return mean((logits - student.logits).square().sum(dim=-1).sum(), len(logits))
 
 
 def ce(student: Signals, teacher: Signals, *, temperature: float = 1.0) -> Tensor:
     """Cross entropy with the tokens themselves, at T = 1 whatever `temperature` is."""
     labels = student.labels[student.labels != NO_LABEL]  # (T,)
-    return F.cross_entropy(student.logits, labels, reduction="sum") / max(len(labels), 1)
+    return mean(F.cross_entropy(student.logits, labels, reduction="sum"), len(labels))
 
 
 def _tail(teacher: Signals) -> Tail:

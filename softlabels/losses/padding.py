@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import ConfigError
+from softlabels.losses.means import mean
 from softlabels.types import LayerGroup, LayerPair, Signals
 
 
@@ -96,20 +97,20 @@ def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of (B, L) or (B, H, L) over all tokens of the batch (and heads); of (B,) over its texts."""
     if values.dim() == 3:
         values = values.mean(dim=1)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return mean((values * mask).sum(), mask.sum())
 
 
 def mean_over_texts(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over texts of 1/(H·|x|) Σ over heads and tokens, of (B, H, L); |x| is a text's own length."""
     lengths = mask.sum(dim=1)  # (B,)
     texts = (values.mean(dim=1) * mask).sum(dim=1) / lengths.clamp(min=1)
-    return texts.sum() / (lengths > 0).sum().clamp(min=1)
+    return mean(texts.sum(), (lengths > 0).sum())
 
 
 def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:
     """The mean of (B, H, L, L) over where `pairs`, which broadcasts to it, is True."""
     counted = pairs.expand_as(values)
-    return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+    return mean(values.masked_fill(~counted, 0).sum(), counted.sum())
 
 
 def token_pairs(mask: Tensor) -> Tensor:

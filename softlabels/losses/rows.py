@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError
+from softlabels.losses.means import mean
 from softlabels.types import NO_LABEL, Signals
 
 LOWEST = -1e30  # stands for −inf: its softmax is 0 too, and a difference of two of them is 0 and not NaN
@@ -84,7 +85,7 @@ def take_targets(student: Signals, rows: LogitRows) -> Tensor:
 
 def mean_rows(losses: Tensor) -> Tensor:
     """The mean of (N,), and 0 where there is no row."""
-    return losses.sum() / max(len(losses), 1)
+    return mean(losses.sum(), len(losses))
 
 
 def check_classes(rows: LogitRows, loss: str, why: str) -> None:

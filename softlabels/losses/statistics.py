@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from softlabels.errors import ConfigError
+from softlabels.losses.means import mean
 from softlabels.losses.padding import (
     States,
     compare_states,
@@ -54,7 +55,7 @@ def gram(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:
         for a, b in ((first.student, second.student), (first.teacher, second.teacher))
     ]
     texts = (grams[0] - grams[1]).square().mean(dim=(1, 2))  # (B,)
-    return texts.sum() / (lengths > 0).sum().clamp(min=1)
+    return mean(texts.sum(), (lengths > 0).sum())
 
 
 def nst(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softlabels.losses.means import sum_over_parts
+
 LOWEST_SHARE = 0.1  # of `base`: TextBrewer's own could reach 0 or less with a large beta, which turns the loss over
 
 
@@ -49,7 +51,8 @@ def cwsm(
 
 def _spread(weights: Tensor, *, base: float, beta: float, mask: Tensor | None) -> Tensor:
     counted = torch.ones_like(weights) if mask is None or weights.dim() == 1 else mask.to(weights.dtype)
-    mean = torch.where(counted != 0, weights, 0).sum() / counted.sum().clamp(min=1)
+    total, count = torch.where(counted != 0, weights, 0).sum(), counted.sum()
+    mean = sum_over_parts(total) / sum_over_parts(count).clamp(min=1)
     return (base + (mean - weights) * beta).clamp(min=LOWEST_SHARE * base)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.losses.attention import Heads, compare_scores, scores_mean_square
+from softlabels.losses.means import sum_over_parts
 from softlabels.losses.padding import compare_states, mean_over_tokens
 from softlabels.types import LayerGroup, LayerPair, Signals
 
@@ -126,6 +127,7 @@ def _carry(
 ) -> Tensor:
     with torch.no_grad():  # at most M + N − 1 of the M · N costs have a flow, and only these a gradient
         known = torch.stack([torch.stack([cost(own, other) for other in theirs]) for own in ours])
+        known = sum_over_parts(known)
     costs = known.double().cpu().numpy()  # (M, N)
     flow = solve_transport(costs, weights.student.double().cpu().numpy(), weights.teacher.double().cpu().numpy())
     total = torch.stack([float(flow[i, j]) * cost(ours[i], theirs[j]) for i, j in np.argwhere(flow > 0)]).sum()

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabels.errors import ConfigError
+from softlabels.losses.means import mean
 from softlabels.truncated import TruncatedLogits, tail_logsumexp_at, tail_mean_at
 
 Tail = Literal["bucket", "sampled", "factors"]
@@ -86,7 +87,7 @@ class _Outcomes:
 def _mean(parts: Sequence[_Outcomes], terms: Callable[[_Outcomes], Tensor]) -> Tensor:
     """The weighted sum of `terms` (T, O) over the outcomes of all parts, its mean over the positions."""
     sums = [(terms(part) if part.weights is None else terms(part) * part.weights).sum() for part in parts]
-    return torch.stack(sums).sum() / max(len(parts[0].log_p), 1)
+    return mean(torch.stack(sums).sum(), len(parts[0].log_p))
 
 
 def _product(log_mass: Tensor, other: Tensor) -> Tensor:

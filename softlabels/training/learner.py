@@ -30,6 +30,7 @@ from softlabels.phases import frozen, parameters_of
 from softlabels.projections import Projections, ProjectionSpec
 from softlabels.students import student_batch
 from softlabels.teaching_rows import Split
+from softlabels.training.processes import Processes, find_processes
 from softlabels.types import LayerGroup, Signals, TokenBatch
 
 
@@ -52,6 +53,7 @@ class Learner:
     optimizer: Any
     schedule: Any
     steps: int  # of the phase
+    processes: Processes  # that train it together
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -65,18 +67,37 @@ def start_accelerator(out: Path, *, cpu: bool) -> Accelerator:
         cpu=cpu,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
-        dataloader_config=DataLoaderConfiguration(),
+        # a batch is divided among processes, and not multiplied by them: the schedule counts it as one step
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    if accelerator.num_processes > 1:
-        raise ConfigError("this version trains a student in one process: start it without `accelerate launch`")
+    if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ConfigError(
+            f"a student is whole in each process and is not divided by {kind}: start it with accelerate launch "
+            f"--multi_gpu, or --cpu, and --num_processes"
+        )
     accelerator.init_trackers("tensorboard")
     return accelerator
 
 
+def refuse_several(processes: Processes, what: str) -> None:
+    """ConfigError for what is trained by one process only."""
+    if processes.count > 1:
+        raise ConfigError(
+            f"{what} is trained in one process, and this is one of {processes.count}: start it without `accelerate "
+            f"launch`"
+        )
+
+
 def make_learner(
-    student: PreTrainedModel, cache: Cache, stretch: Stretch, options: StudentOptions, accelerator: Accelerator
+    student: PreTrainedModel,
+    cache: Cache,
+    stretch: Stretch,
+    options: StudentOptions,
+    accelerator: Accelerator,
+    processes: Processes | None = None,
 ) -> Learner:
     """`student` moved to the accelerator's device and ready to take the steps of a phase."""
+    processes = processes or find_processes(cpu=accelerator.device.type == "cpu")
     steps = size(stretch.phase.epochs) * steps_an_epoch(stretch)
     student = student.to(accelerator.device)
     probe = cache.tokens(stretch.split.train[:2]).to(accelerator.device)
@@ -84,11 +105,13 @@ def make_learner(
     objective = objective.to(accelerator.device)
     groups = find_groups(student, stretch.phase, objective)
     tools = make_optimizer(student, stretch.phase, options, groups, steps=steps)
-    student, optimizer, schedule = accelerator.prepare(student, *tools)
-    for beside in (objective.projections, objective.balances):  # kept in checkpoints, and no part of the student
-        if beside is not None:
-            accelerator.prepare(beside.to(accelerator.device))
-    return Learner(run, objective, accelerator, optimizer, schedule, steps)
+    # kept in checkpoints: the student, and what is no part of it
+    modules = [student, *(m for m in (objective.projections, objective.balances) if m is not None)]
+    for module in modules:  # not wrapped for several processes: gradients are added up in `take_step`
+        accelerator.prepare_model(module.to(accelerator.device), evaluation_mode=True)
+    processes.start_alike(modules)
+    optimizer, schedule = accelerator.prepare(*tools)
+    return Learner(run, objective, accelerator, optimizer, schedule, steps, processes)
 
 
 def make_optimizer(
@@ -105,6 +128,7 @@ def take_step(learner: Learner, loss: Tensor, *, clip: float, phase: Phase, stat
     """Backward, clipped to a norm of `clip`, and one step; StudentError where a number is not finite any more."""
     refuse_divergence(loss, "the loss", phase, state)
     learner.accelerator.backward(loss)
+    learner.processes.add_gradients(learner.parameters)
     norm = clip_gradients(learner.parameters, clip)
     refuse_divergence(norm, "the gradient's norm", phase, state)
     learner.optimizer.step()
