@@ -99,6 +99,7 @@ def train_student(
             spec = with_tokens(spec, cache, used)
             outcome = _train_network(cache, options, stretches, spec, source, processes, out=out, cpu=cpu)
         record = make_record(cache, options, stretches, outcome, source=source)
+        processes.wait()  # until all have read the checkpoint, which goes now
         if processes.is_first:
             save_run(out, outcome.student, record, tokenizer=cache.tokenizer())
             drop_checkpoint(out)
