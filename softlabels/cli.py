@@ -859,8 +859,8 @@ def _verify_live(
     "train-student",
     epilog="Examples:  softlabels train-student cache --student bilstm --out runs/bilstm "
     "--loss kl=0.7 --loss ce=0.3 --temperature 3   |   softlabels train-student cache-a cache-b cache-c --mean "
-    "probabilities --student bilstm --out runs/taught-by-three   |   accelerate launch --multi_gpu --num_processes 4 -m "
-    "softlabels train-student cache --student transformer --out runs/four",
+    "probabilities --student bilstm --out runs/taught-by-three   |   accelerate launch --multi_gpu --num_processes 4 "
+    "-m softlabels train-student cache --student transformer --out runs/four",
 )
 def train_student_command(
     caches: Annotated[
