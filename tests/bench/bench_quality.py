@@ -14,7 +14,8 @@ phase has the same losses; distilbert, which needs a language model); nothing is
 rows; mobilebert's student is as deep and wide as MiniLM.
 
 Recipes that look at layers learn from the first rows of the cache only, LAYER_ROWS of them, labelled ones first: they
-cost ten times as much a row.
+cost ten times as much a row. So that they take as many steps as their twins, their epochs are LAYER_EPOCHS times the
+recipe's.
 
 The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
 trained on the labelled rows' labels alone for TWIN_EPOCHS (a transformer, TWIN_EPOCHS_OF_TRANSFORMERS). Of student and
@@ -41,7 +42,7 @@ from typing import Any
 CORPORA = Path(__file__).parents[3] / "shared" / "corpora"
 CAPTURES = ["logits", "hidden:all", "qkv:all"]
 MINILM, LENGTH = "all-MiniLM-L6-v2", 64
-LAYER_ROWS, DEV = 2000, 300
+LAYER_ROWS, LAYER_EPOCHS, DEV = 2000, 3, 300
 EPOCHS = {"distilled-bilstm": 12}  # 30 in the paper; the recipe, which augments its rows, has 3
 TWIN_EPOCHS, TWIN_EPOCHS_OF_TRANSFORMERS = 20, 8
 DKD_NEEDS = 3  # classes; so does dist
@@ -60,7 +61,7 @@ class Task:
 
 TASKS = {
     "sst2": Task(labelled=1000, unlabelled=5000, test=1821, epochs=3),
-    "twitter_financial_sentiment": Task(labelled=1000, unlabelled=2000, test=2000, epochs=4),
+    "twitter_financial_sentiment": Task(labelled=1000, unlabelled=2000, test=2000, epochs=10),  # its classes are uneven
     "banking77": Task(labelled=1500, unlabelled=1500, test=2000, epochs=10),
     "tnews": Task(labelled=4000, unlabelled=1000, test=2000, epochs=6, chinese=True),
 }
@@ -69,6 +70,7 @@ SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
 BEYOND = {"alp-kd", "assistant", "ckd", "compression", "emd", "ensemble", "federated", "joint", "multitask"}
 BEYOND |= {"progressive", "quickstart", "taylor-fo"}
 NO_START = ("init_from", "init_layers")
+FROM_BASE = ("pkd-skip", "pkd-last", "distilbert")  # students that start from the base model's layers, and so their twins
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,15 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 options["epochs"] = EPOCHS[recipe_name]
             if options["student"] == "transformer":
                 options["rows"] = LAYER_ROWS
+                for settings in options.get("phases") or [options]:
+                    usual = settings.get("epochs", options.get("epochs", 1))
+                    settings["epochs"] = max(1, LAYER_EPOCHS * usual // scale)
             epochs = TWIN_EPOCHS_OF_TRANSFORMERS if options["student"] == "transformer" else TWIN_EPOCHS
             epochs = max(1, epochs // scale)
             hard: dict[str, Any] = {
                 key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
             }
-            start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name.startswith("pkd")}
+            start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name in FROM_BASE}
             hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs}
             key = json.dumps(hard, sort_keys=True)
             twin = f"twin-{entry.student}-{fingerprint(key)[:8]}"  # the same whichever recipes are asked for
@@ -237,8 +242,9 @@ def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folde
     if name == "mobilebert":
         wide = {"hidden_size": 192, "intra_bottleneck_size": 48} if task.chinese else {"hidden_size": 384}
         options |= {"layers": 6, "heads": 12, "intra_bottleneck_size": 96, **wide}
+        options = {key: value for key, value in options.items() if key not in (*NO_START, "init_head")}  # a BERT's
     if name == "distilbert":
-        options |= {"init_from": "teacher", "init_layers": [1, 3, 5]}
+        options |= {"init_from": "base", "init_layers": [1, 3, 5]}
     if options.get("init_from") == "base":
         options["init_from"] = str(folder / "teacher" if task.chinese else resolve_pretrained(MINILM))
     elif options.get("init_from") in ("teacher", "pretrained"):
