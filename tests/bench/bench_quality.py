@@ -70,7 +70,7 @@ SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
 BEYOND = {"alp-kd", "assistant", "ckd", "compression", "emd", "ensemble", "federated", "joint", "multitask"}
 BEYOND |= {"progressive", "quickstart", "taylor-fo"}
 NO_START = ("init_from", "init_layers")
-FROM_BASE = ("pkd-skip", "pkd-last", "distilbert")  # students that start from the base model's layers, and so their twins
+FROM_BASE = ("pkd-skip", "pkd-last", "distilbert")  # they start from the base model, and so do their twins
 
 
 @dataclass(frozen=True)
