@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from softlabels.commands import card
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -728,13 +729,17 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
     if as_json:
         _print_json(facts)
         return
-    fields = facts.pop("fields")
+    fields, personal = facts.pop("fields"), facts.pop("may_carry_personal_data")
     head = ["field", "kind", "type", "width", "size"]
     rows = [
         [name, f["kind"], f["type"], str(f["width"]), show_size(f["bytes"]) if "bytes" in f else "–"]
         for name, f in fields.items()
     ]
-    typer.echo(f"{show_facts(facts)}\n\n{lay_out(head, rows)}")
+    may = "\n".join(f"  {line}" for line in personal)
+    typer.echo(f"{show_facts(facts)}\n\n{lay_out(head, rows)}\n\nmay carry personal data:\n{may}")
+
+
+app.command(epilog=card.EXAMPLES)(card.card)
 
 
 @app.command(

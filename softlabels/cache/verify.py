@@ -40,6 +40,7 @@ from softlabels.cache.format import (
     to_json,
 )
 from softlabels.cache.inside import open_inside, read_inside
+from softlabels.cache.licence import FACTS
 from softlabels.cache.members import Members
 from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer, read_processor_hash
 from softlabels.cache.shards import check_lengths, open_shard
@@ -59,6 +60,7 @@ Kind = Literal[
     "receipt",  # a receipt is damaged, or says other than the manifest
     "manifest",  # the manifest, or the files of tokenizer/ and teacher/
 ]
+BESIDE = ("README.md", FACTS)  # what is said of a cache, and no part of it
 _THREADS = 2  # that hash: one waits for the disk while the other computes
 _AHEAD = 4  # files that are hashed before their turn
 
@@ -121,7 +123,7 @@ def verify_cache(path: str | Path, *, fields: Sequence[str] | None = None, repai
 
 
 @dataclass(slots=True)
-class Sums:
+class Counted:
     """Of a field's receipts."""
 
     receipts: int = 0
@@ -138,7 +140,7 @@ class _Check:
         self.fields: list[str] = []
         self.faults: list[Fault] = []
         self.notes: list[str] = []
-        self.sums: dict[str, Sums] = {}
+        self.sums: dict[str, Counted] = {}
         self.hashed = self.bytes = 0
 
     def fault(
@@ -173,7 +175,7 @@ class _Check:
             self.notes.append(
                 f"{len(left)} temporary file(s) of a dump that was stopped ({_some(left)}): the next dump removes them"
             )
-        known = {MANIFEST, RECEIPT, EXAMPLES, *FOLDERS, *manifest.fields}
+        known = {MANIFEST, RECEIPT, EXAMPLES, *FOLDERS, *manifest.fields, *BESIDE}
         strange = sorted(name for name in os.listdir(self.folder) if name not in known and name not in left)
         if strange:
             self.notes.append(f"{_some(strange)}: not part of the cache")
@@ -400,7 +402,7 @@ def _compare_receipt(check: _Check, manifest: Manifest, name: str, shard: int, *
         "xxh3_128": (receipt.xxh3_128, table.hash(shard)),
         "join": (receipt.join, manifest.join[32 * shard : 32 * shard + 32]),
     }
-    sums = check.sums.setdefault(name, Sums())
+    sums = check.sums.setdefault(name, Counted())
     sums.receipts, sums.truncated, sums.clipped = (
         sums.receipts + 1,
         sums.truncated + receipt.truncated,
