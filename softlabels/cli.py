@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from softlabels.commands import card
+from softlabels.commands import card, sign
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -740,12 +740,13 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
 
 
 app.command(epilog=card.EXAMPLES)(card.card)
+app.command(epilog=sign.EXAMPLES)(sign.sign)
 
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
     "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200   |   "
-    "softlabels verify cache --live ./vit --corpus images.csv"
+    "softlabels verify cache --live ./vit --corpus images.csv   |   softlabels verify cache --signer maker.pub"
 )
 def verify(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
@@ -759,6 +760,14 @@ def verify(
             "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
         ),
     ] = False,
+    signer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="hold it to a signature too: the public key of who made it, as its .pub file, its line ('ssh-ed25519 "
+            "AAAA…') or its fingerprint (SHA256:…); a cache that is not signed by it is at fault",
+        ),
+    ] = None,
     live: Annotated[
         str | None,
         typer.Option(
@@ -791,6 +800,8 @@ def verify(
     if live is not None:
         if repair:
             raise ConfigError("--live changes nothing: give --repair to a verify without it")
+        if signer is not None:
+            raise ConfigError("--live looks at some rows only: give --signer to a verify without it")
         _verify_live(
             cache,
             live,
@@ -806,9 +817,11 @@ def verify(
     for option, given in (("--rows", rows), ("--seed", seed), ("--corpus", corpus)):
         if given is not None:
             raise ConfigError(f"{option} is for verify --live TEACHER: without it, every row is looked at")
+    from softlabels.cache.sshsig import load_signers
     from softlabels.cache.verify import verify_cache
 
-    verdict = verify_cache(cache, fields=field or None, repair=repair)
+    signers = None if signer is None else load_signers(signer)
+    verdict = verify_cache(cache, fields=field or None, repair=repair, signers=signers)
     if as_json:
         _print_json({**asdict(verdict), "whole": verdict.whole})
     else:

@@ -197,10 +197,11 @@ def _shape(spec: FieldSpec) -> str:
 
 def _format(manifest: Manifest) -> str:
     versions = ", ".join(f"{code(key)} {code(value)}" for key, value in sorted(manifest.versions.items())[:20])
+    count, most = len(manifest.shard_rows), manifest.dump.shard_rows
     return (
-        f"softlabels-cache, version {VERSION}: a folder of Arrow IPC files for each field, {len(manifest.shard_rows):,} "
-        f"file(s) of up to {manifest.dump.shard_rows:,} rows, nothing padded, no pickle; `manifest.json` has a hash of "
-        f"each. bfloat16 is kept as uint16, and int8 with a column of scales. Written with {versions}."
+        f"softlabels-cache, version {VERSION}: a folder of Arrow IPC files for each field, {count:,} file(s) of up to "
+        f"{most:,} rows, nothing padded, no pickle; `manifest.json` has a hash of each. bfloat16 is kept as uint16, "
+        f"and int8 with a column of scales. Written with {versions}."
     )
 
 

@@ -44,7 +44,8 @@ from softlabels.cache.licence import FACTS
 from softlabels.cache.members import Members
 from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer, read_processor_hash
 from softlabels.cache.shards import check_lengths, open_shard
-from softlabels.errors import CacheError
+from softlabels.cache.signing import SIGNATURE, SUMS, signature_faults
+from softlabels.errors import CacheError, ConfigError
 from softlabels.progress import Update, progress
 from softlabels.types import IMAGES
 
@@ -59,8 +60,9 @@ Kind = Literal[
     "join",  # ids, token hashes and tokens don't fit each other, or the manifest
     "receipt",  # a receipt is damaged, or says other than the manifest
     "manifest",  # the manifest, or the files of tokenizer/ and teacher/
+    "signature",  # nobody who was named vouches for these bytes
 ]
-BESIDE = ("README.md", FACTS)  # what is said of a cache, and no part of it
+BESIDE = ("README.md", FACTS, SUMS, SIGNATURE)  # what is said of a cache, and no part of it
 _THREADS = 2  # that hash: one waits for the disk while the other computes
 _AHEAD = 4  # files that are hashed before their turn
 
@@ -94,18 +96,34 @@ class Verdict:
         return not self.faults
 
 
-def verify_cache(path: str | Path, *, fields: Sequence[str] | None = None, repair: bool = False) -> Verdict:
+def verify_cache(
+    path: str | Path,
+    *,
+    fields: Sequence[str] | None = None,
+    repair: bool = False,
+    signers: Sequence[str] | None = None,
+) -> Verdict:
     """Check the cache at `path`: all of it, or only `fields` and `examples`.
 
     Reads every byte once. CacheError where there is no cache, or while it is being written. With `repair`, the files
-    that are proven bad are removed, and the dump that made the cache has to be given again.
+    that are proven bad are removed, and the dump that made the cache has to be given again. With `signers`
+    (fingerprints of keys, see `softlabels.cache.signing`) it is a fault where none of them vouches for every byte of
+    it; all is read twice.
     """
+    if repair and signers is not None:
+        raise ConfigError("a repair changes what was signed: give --signer to a verify without --repair")
     started, folder = time.monotonic(), Path(path)
     if not folder.is_dir():
         read_manifest(folder)  # says so
     with lock(folder, shared=not repair):
         check = _Check(folder)
         check.run(fields)
+        if signers is not None and check.manifest is not None and check.manifest.complete:
+            wrong = list(signature_faults(folder, check.manifest, signers, check.fields))
+            for line in wrong:
+                check.fault("signature", line)
+            if not wrong:
+                check.notes.append(f"signed, every byte, by {' or '.join(signers)}")
         removed = _repair(check) if repair else []
     return Verdict(
         cache=folder,

@@ -1,4 +1,4 @@
-"""The dataset card: what the Hub's own parser reads of it, what a stranger's names can do to it, and what is private."""
+"""The dataset card: what the Hub's own parser reads of it, what strangers' names can do to it, what is private."""
 
 from __future__ import annotations
 
