@@ -273,7 +273,8 @@ def train_teacher_command(
 @app.command(
     "dump",
     epilog="Examples:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6 "
-    "  |   softlabels dump images.csv --teacher ./vit --out cache",
+    "  |   softlabels dump images.csv --teacher ./vit --out cache   |   in a Slurm array of 8 jobs:  softlabels dump "
+    "texts.csv --teacher ./teacher --out cache --part $((SLURM_ARRAY_TASK_ID + 1))/8",
 )
 def dump_command(
     corpus: CorpusArgument,
@@ -327,6 +328,14 @@ def dump_command(
             help="several GPUs, a process each: how many, or which; cpu,cpu for processes on the CPU",
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="only the I-th of N parts, for N machines with the same command: into one shared folder, which the "
+            "last of them completes, or each into its own, put together by combine --rows; the same bytes either way",
+        ),
+    ] = None,
     compile_teacher: Annotated[
         bool,
         typer.Option("--compile", help="the teacher through torch.compile; it costs a minute or more at the start"),
@@ -362,6 +371,9 @@ def dump_command(
     )
     if devices is not None and cpu:
         raise ConfigError("dump takes --cpu or --devices, not both: --devices cpu,cpu is two processes on the CPU")
+    from softlabels.cache.parts import parse_part
+
+    asked = None if part is None else parse_part(part)
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
     from softlabels.engines.devices import parse_devices
@@ -378,6 +390,7 @@ def dump_command(
         device="cpu" if cpu else None,
         devices=chosen,
         trust_remote_code=trust_remote_code,
+        part=asked,
     )
     for line in report.lost:
         _say(f"{line}; another did its work")
@@ -387,6 +400,10 @@ def dump_command(
         _say(f"memory ran out: batches of {report.batch_tokens} tokens were taken instead of {options.batch_tokens}")
     for field, count in report.clipped.items():
         _say(f"{count} values of {field} were beyond what {options.codec} holds and were clipped")
+    if not report.rows:
+        _say(f"part {part} has no rows: a part has whole files, of {options.shard_rows} rows each (--shard-rows)")
+    if not report.complete:
+        _say(f"{out} is complete once the other parts are in it; folders of parts are put together by combine --rows")
     _finish(report, as_json)
 
 
@@ -675,7 +692,7 @@ def combine_command(
         typer.Option(
             "--rows",
             help="instead: the caches are parts of one corpus, dumped alike with one teacher; their rows are put one "
-            "after the other, with all their fields",
+            "after the other, with all their fields. What dump --part made becomes what one dump would have made",
         ),
     ] = False,
     as_json: Json = False,

@@ -25,7 +25,6 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.codec import Overflow
-from softlabels.cache.files import sweep_temporary
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import Update
@@ -87,7 +86,7 @@ def run_on_devices(
     finally:
         pool.close()
         if not whole:
-            sweep_temporary(build.folder)  # of the workers, which are gone; this process has the lock
+            build.sweep()  # of the workers, which are gone; this process has the lock
     return Outcome(min([*pool.budgets, build.manifest.dump.batch_tokens]), pool.lost)
 
 
