@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from softlabels.commands import card, sign
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -272,7 +273,8 @@ def train_teacher_command(
 @app.command(
     "dump",
     epilog="Examples:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6 "
-    "  |   softlabels dump images.csv --teacher ./vit --out cache",
+    "  |   softlabels dump images.csv --teacher ./vit --out cache   |   in a Slurm array of 8 jobs:  softlabels dump "
+    "texts.csv --teacher ./teacher --out cache --part $((SLURM_ARRAY_TASK_ID + 1))/8",
 )
 def dump_command(
     corpus: CorpusArgument,
@@ -326,6 +328,14 @@ def dump_command(
             help="several GPUs, a process each: how many, or which; cpu,cpu for processes on the CPU",
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="only the I-th of N parts, for N machines with the same command: into one shared folder, which the "
+            "last of them completes, or each into its own, put together by combine --rows; the same bytes either way",
+        ),
+    ] = None,
     compile_teacher: Annotated[
         bool,
         typer.Option("--compile", help="the teacher through torch.compile; it costs a minute or more at the start"),
@@ -361,6 +371,9 @@ def dump_command(
     )
     if devices is not None and cpu:
         raise ConfigError("dump takes --cpu or --devices, not both: --devices cpu,cpu is two processes on the CPU")
+    from softlabels.cache.parts import parse_part
+
+    asked = None if part is None else parse_part(part)
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
     from softlabels.engines.devices import parse_devices
@@ -377,6 +390,7 @@ def dump_command(
         device="cpu" if cpu else None,
         devices=chosen,
         trust_remote_code=trust_remote_code,
+        part=asked,
     )
     for line in report.lost:
         _say(f"{line}; another did its work")
@@ -386,6 +400,10 @@ def dump_command(
         _say(f"memory ran out: batches of {report.batch_tokens} tokens were taken instead of {options.batch_tokens}")
     for field, count in report.clipped.items():
         _say(f"{count} values of {field} were beyond what {options.codec} holds and were clipped")
+    if not report.rows:
+        _say(f"part {part} has no rows: a part has whole files, of {options.shard_rows} rows each (--shard-rows)")
+    if not report.complete:
+        _say(f"{out} is complete once the other parts are in it; folders of parts are put together by combine --rows")
     _finish(report, as_json)
 
 
@@ -674,7 +692,7 @@ def combine_command(
         typer.Option(
             "--rows",
             help="instead: the caches are parts of one corpus, dumped alike with one teacher; their rows are put one "
-            "after the other, with all their fields",
+            "after the other, with all their fields. What dump --part made becomes what one dump would have made",
         ),
     ] = False,
     as_json: Json = False,
@@ -728,19 +746,24 @@ def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json 
     if as_json:
         _print_json(facts)
         return
-    fields = facts.pop("fields")
+    fields, personal = facts.pop("fields"), facts.pop("may_carry_personal_data")
     head = ["field", "kind", "type", "width", "size"]
     rows = [
         [name, f["kind"], f["type"], str(f["width"]), show_size(f["bytes"]) if "bytes" in f else "–"]
         for name, f in fields.items()
     ]
-    typer.echo(f"{show_facts(facts)}\n\n{lay_out(head, rows)}")
+    may = "\n".join(f"  {line}" for line in personal)
+    typer.echo(f"{show_facts(facts)}\n\n{lay_out(head, rows)}\n\nmay carry personal data:\n{may}")
+
+
+app.command(epilog=card.EXAMPLES)(card.card)
+app.command(epilog=sign.EXAMPLES)(sign.sign)
 
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
     "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200   |   "
-    "softlabels verify cache --live ./vit --corpus images.csv"
+    "softlabels verify cache --live ./vit --corpus images.csv   |   softlabels verify cache --signer maker.pub"
 )
 def verify(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
@@ -754,6 +777,14 @@ def verify(
             "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
         ),
     ] = False,
+    signer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="hold it to a signature too: the public key of who made it, as its .pub file, its line ('ssh-ed25519 "
+            "AAAA…') or its fingerprint (SHA256:…); a cache that is not signed by it is at fault",
+        ),
+    ] = None,
     live: Annotated[
         str | None,
         typer.Option(
@@ -786,6 +817,8 @@ def verify(
     if live is not None:
         if repair:
             raise ConfigError("--live changes nothing: give --repair to a verify without it")
+        if signer is not None:
+            raise ConfigError("--live looks at some rows only: give --signer to a verify without it")
         _verify_live(
             cache,
             live,
@@ -801,9 +834,11 @@ def verify(
     for option, given in (("--rows", rows), ("--seed", seed), ("--corpus", corpus)):
         if given is not None:
             raise ConfigError(f"{option} is for verify --live TEACHER: without it, every row is looked at")
+    from softlabels.cache.sshsig import load_signers
     from softlabels.cache.verify import verify_cache
 
-    verdict = verify_cache(cache, fields=field or None, repair=repair)
+    signers = None if signer is None else load_signers(signer)
+    verdict = verify_cache(cache, fields=field or None, repair=repair, signers=signers)
     if as_json:
         _print_json({**asdict(verdict), "whole": verdict.whole})
     else:

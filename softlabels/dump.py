@@ -17,9 +17,16 @@ from typing import Any
 import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C while it imports numpy itself
 import torch
 
-from softlabels.cache.build import build_cache, check_rows, image_teacher_card, plan_manifest, teacher_card
+from softlabels.cache.build import (
+    build_cache,
+    check_rows,
+    count_all,
+    image_teacher_card,
+    plan_manifest,
+    teacher_card,
+)
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
-from softlabels.cache.info import clipped_values
+from softlabels.cache.parts import Part
 from softlabels.cache.reader import capture_of
 from softlabels.cache.vocab import parse_form
 from softlabels.captures import TeacherRun, parse_captures, prepare
@@ -49,6 +56,8 @@ class DumpReport:
     """What a dump did."""
 
     cache: Path
+    part: str | None  # '3/8': all that follows is of this part
+    complete: bool  # the cache; where not, other parts are still to come
     rows: int
     new_rows: int  # that the teacher was run over this time
     truncated: int
@@ -69,12 +78,16 @@ def dump(
     device: str | None = None,
     devices: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    part: Part | None = None,
 ) -> DumpReport:
     """Run `teacher` (a folder or a name) over `corpus` and keep what `options.capture` asks for in the cache `out`.
 
     An interrupted dump goes on with the same call; another configuration in the same folder is refused. A finished
     cache gets only the fields that it lacks. With several `devices` ('cuda:0', 'cuda:1') each gets a process of its own
     (a script that calls this needs `if __name__ == "__main__":`); this one only plans, on the CPU, and shares out.
+
+    With a `part` only its shards are dumped, of the same corpus. Other parts may be dumped at the same time into the
+    same `out`, or into others, which `combine --rows` puts together; either way the bytes are those of one dump.
     """
     started = time.monotonic()
     options = options or DumpOptions()
@@ -106,15 +119,16 @@ def dump(
         head = _head(loaded, run, way.probe)
         factors = _factors(corpus, loaded, run, options, max_length=way.max_length)
         with build_cache(
-            out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors
+            out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors, part=part
         ) as build:
-            missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
+            total = sum(len(_rows_of(corpus, options, shard)) for shard in build.own_shards())
+            missing = {shard: absent for shard in build.own_shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
                 earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))
                 run = prepare(loaded.model, requests + earlier, way.probe, vocab_size=way.vocab_size)
-            done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
-            with progress(len(corpus.examples), description="dump", done=done) as update:
+            done = total - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
+            with progress(total, description="dump" if part is None else f"dump {part}", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
                 if devices and missing:
                     again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
@@ -122,18 +136,21 @@ def dump(
                 else:
                     steps = _steps(loaded, run, options, way)
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
-            final = build.finish()
+            final = build.finish_part()
+            own = build.count_own() if part is not None or final is None else count_all(final)
     return DumpReport(
         cache=out,
-        rows=len(corpus.examples),
-        new_rows=len(corpus.examples) - done,
-        truncated=final.corpus.truncated,
-        fields=sorted(final.fields),
+        part=None if part is None else str(part),
+        complete=final is not None,
+        rows=total,
+        new_rows=total - done,
+        truncated=own.truncated,
+        fields=sorted(build.manifest.fields),
         seconds=time.monotonic() - started,
-        bytes=sum(table.total for table in final.shards.values()),
+        bytes=own.bytes,
         batch_tokens=outcome.batch_tokens,
         lost=outcome.lost,
-        clipped=clipped_values(final),
+        clipped=own.clipped,
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -40,7 +41,9 @@ from softlabels.cache.format import (
     to_json,
 )
 from softlabels.cache.head import OutputHead, save_head
+from softlabels.cache.info import clipped_values
 from softlabels.cache.inside import open_inside, read_inside
+from softlabels.cache.parts import Claim, Part, claim_shards, refuse_parts
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
@@ -56,15 +59,27 @@ Reader = PreTrainedTokenizerBase | BaseImageProcessor  # what a teacher reads it
 
 @dataclass(frozen=True, slots=True)
 class CacheBuild:
-    """A cache under construction, locked by this process."""
+    """A cache under construction, locked by this process; or, with a `claim`, some of its shards are."""
 
     folder: Path
     manifest: Manifest  # as it will be, without the shard table
+    claim: Claim | None = None
 
     def shards(self) -> range:
         """The shard numbers of the whole corpus."""
         size = self.manifest.dump.shard_rows
         return range((self.manifest.corpus.rows + size - 1) // size)
+
+    def own_shards(self) -> range:
+        """The shard numbers that this process is to write."""
+        return self.shards() if self.claim is None else self.claim.shards
+
+    def sweep(self) -> None:
+        """Remove what was begun of them."""
+        if self.claim is None:
+            sweep_temporary(self.folder)
+        else:
+            self.claim.sweep(shared=False)
 
     def missing(self, shard: int) -> list[str]:
         """The fields, `examples` first, that have no whole file for `shard`."""
@@ -92,6 +107,30 @@ class CacheBuild:
             targets=self.manifest.teacher.task == SEQ2SEQ,
             truncated=rows.truncated,
         )
+
+    def finish_part(self) -> Manifest | None:
+        """`finish` where all parts are done; None where others are still to come."""
+        if self.claim is None:
+            return self.finish()
+        with self.claim.alone():
+            now = read_manifest(self.folder)  # another part may have more fields
+            fields = now.fields | self.manifest.fields
+            build = replace(self, manifest=now.model_copy(update=_UNFINISHED | {"fields": fields}))
+            if any(build.missing(shard) for shard in build.shards()):
+                return None
+            final = build.finish()
+            self.claim.leave()
+        return final
+
+    def count_own(self) -> OwnShards:
+        """What the receipts of this process's shards say of them."""
+        truncated, size, clipped = 0, 0, Counter[str]()
+        for shard in self.own_shards():
+            for field in (EXAMPLES, *self.manifest.fields):
+                receipt = self._receipt(field, shard)
+                truncated, size = truncated + receipt.truncated, size + receipt.bytes
+                clipped[field] += receipt.clipped
+        return OwnShards(truncated, size, {field: count for field, count in sorted(clipped.items()) if count})
 
     def finish(self) -> Manifest:
         """Write the final manifest from the receipts, so that readers need nothing else."""
@@ -132,6 +171,21 @@ class CacheBuild:
                 f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again"
             )
         return receipt
+
+
+@dataclass(frozen=True, slots=True)
+class OwnShards:
+    """Of the shards that a process wrote, in all their fields."""
+
+    truncated: int  # rows
+    bytes: int
+    clipped: dict[str, int]  # values, of the fields that have any
+
+
+def count_all(manifest: Manifest) -> OwnShards:
+    """The same of a finished cache, from its manifest alone."""
+    size = sum(table.total for table in manifest.shards.values())
+    return OwnShards(manifest.corpus.truncated, size, clipped_values(manifest))
 
 
 def plan_manifest(
@@ -227,12 +281,15 @@ def build_cache(
     config: PretrainedConfig | None,
     head: OutputHead | None = None,
     factors: LogitFactors | None = None,
+    part: Part | None = None,
 ) -> Iterator[CacheBuild]:
     """Begin the cache in `folder`, or go on with it; locked until the block ends. No `config`: no teacher/ in it.
 
-    `head` is the teacher's output head, for `vocab:exact`; `factors` are for `vocab:topk=K,factors=R`.
+    `head` is the teacher's output head, for `vocab:exact`; `factors` are for `vocab:topk=K,factors=R`. With a `part`
+    only its shards are this process's to write, and others may write other parts into the same folder.
     """
-    with _begin(folder, manifest) as build:
+
+    def save() -> None:
         if config is not None and not (folder / "teacher").is_dir():
             _save_folder(folder / "teacher", config)
         if head is not None:
@@ -245,41 +302,62 @@ def build_cache(
         elif not (folder / "tokenizer").is_dir():
             reset_tokenizer(tokenizer)  # or what was tokenised before would be in its file
             _save_folder(folder / "tokenizer", tokenizer)
-        yield _begun(build)
+
+    with _begin(folder, manifest, save, part) as build:
+        yield build
 
 
 @contextmanager
 def derive_cache(folder: Path, manifest: Manifest, *, source: Path, files: Sequence[str]) -> Iterator[CacheBuild]:
     """Begin the cache in `folder`, or go on with it, its small folders from the cache at `source`: `files` of them."""
-    with _begin(folder, manifest) as build:
+
+    def save() -> None:
         for part in sorted({name.split("/")[0] for name in files}):
             if not (folder / part).is_dir():
                 inside = [name for name in files if name.split("/")[0] == part]
                 _save_folder(folder / part, _Copies(source, inside))
-        yield _begun(build)
+
+    with _begin(folder, manifest, save) as build:
+        yield build
 
 
 @contextmanager
-def _begin(folder: Path, manifest: Manifest) -> Iterator[CacheBuild]:
-    """The cache in `folder`, locked and swept; what was there before it does not contradict `manifest`."""
+def _begin(
+    folder: Path, manifest: Manifest, save: Callable[[], None], part: Part | None = None
+) -> Iterator[CacheBuild]:
+    """The cache in `folder`, or a part of it, locked and swept; what was there before does not contradict `manifest`.
+
+    `save` writes the small folders; the first manifest comes after them. A finished cache's stays until `finish`.
+    """
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
-    with lock(folder):
-        _refuse_links(folder)
-        previous = _previous(folder)
-        if previous is not None:
-            _refuse_differences(folder, previous, manifest)
-            manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
-        sweep_temporary(folder)
-        yield CacheBuild(folder, manifest)
+    if part is None:
+        with lock(folder):
+            refuse_parts(folder)
+            yield _begun(CacheBuild(folder, manifest), save)
+        return
+    with claim_shards(folder, part.shards(len(CacheBuild(folder, manifest).shards()))) as claim:
+        with claim.alone():
+            build = _begun(CacheBuild(folder, manifest, claim), save)
+        yield build
 
 
-def _begun(build: CacheBuild) -> CacheBuild:
-    """The same build, its first manifest written; a finished cache's stays until `finish`."""
-    if not (build.folder / MANIFEST).exists() or not read_manifest(build.folder).complete:
-        write_file(build.folder / MANIFEST, to_json(build.manifest))
-    return build
+def _begun(build: CacheBuild, save: Callable[[], None]) -> CacheBuild:
+    folder, manifest = build.folder, build.manifest
+    _refuse_links(folder)
+    previous = _previous(folder)
+    if previous is not None:
+        _refuse_differences(folder, previous, manifest)
+        manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
+    if build.claim is None:
+        build.sweep()
+    else:
+        build.claim.sweep(shared=True)
+    save()
+    if previous is None or not previous.complete:
+        write_file(folder / MANIFEST, to_json(manifest))
+    return replace(build, manifest=manifest)
 
 
 def _refuse_links(folder: Path) -> None:

@@ -37,6 +37,7 @@ from softlabels.cache.join import id_hashes
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_hashes
 from softlabels.cache.shards import check_lengths, count_targets, list_lengths
+from softlabels.cache.unite import are_parts, unite_parts
 from softlabels.cache.writer import SCALE, FieldShard, read_channels
 from softlabels.errors import CacheError
 from softlabels.types import TOKEN_LABELS
@@ -48,8 +49,11 @@ def concatenate(caches: Sequence[str | Path], *, out: Path) -> CombineReport:
     """Write the rows of all `caches`, one cache after the other, with all their fields, into the cache `out`.
 
     An interrupted call goes on where it stopped. CacheError where the caches are not of one teacher, one way of
-    dumping and one set of fields, or have an id in common.
+    dumping and one set of fields, or have an id in common. What `dump --part` made, each part in a folder of its own,
+    becomes what one dump would have made, byte for byte.
     """
+    if are_parts(caches):
+        return unite_parts([Path(cache) for cache in caches], out=Path(out))
     started, opened = time.monotonic(), open_several(caches)
     for other in opened[1:]:
         _check_same(opened[0], other)

@@ -101,6 +101,10 @@ join all shards' values in one string, so that a table of 100,000 shards is read
 shard (big end first), `xxh3_128` and `join` 32. A reader needs no receipt, and a copy of some fields may lack them;
 where one is there, it is right. All files are regular ones: readers follow no link inside the folder.
 
+**Beside it.** `card.json` (licences, see licence.py), `README.md` (made from it and the manifest), `SHA256SUMS` and
+`SHA256SUMS.sig` (see signing.py) may lie in the folder; no reader needs them. `.tmp-parts` does while `dump --part` is
+at work (see parts.py).
+
 **Writing.** A file is written under a name that begins with `.tmp-`, synced, renamed; then its receipt likewise. The
 manifest is written once at the start with `complete` false, and at the end with the shard tables and `complete` true;
 receipt.json, removed before that, comes last. JSON files have a line for each key of the outermost object, keys sorted

@@ -40,10 +40,12 @@ from softlabels.cache.format import (
     to_json,
 )
 from softlabels.cache.inside import open_inside, read_inside
+from softlabels.cache.licence import FACTS
 from softlabels.cache.members import Members
 from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer, read_processor_hash
 from softlabels.cache.shards import check_lengths, open_shard
-from softlabels.errors import CacheError
+from softlabels.cache.signing import SIGNATURE, SUMS, signature_faults
+from softlabels.errors import CacheError, ConfigError
 from softlabels.progress import Update, progress
 from softlabels.types import IMAGES
 
@@ -58,7 +60,9 @@ Kind = Literal[
     "join",  # ids, token hashes and tokens don't fit each other, or the manifest
     "receipt",  # a receipt is damaged, or says other than the manifest
     "manifest",  # the manifest, or the files of tokenizer/ and teacher/
+    "signature",  # nobody who was named vouches for these bytes
 ]
+BESIDE = ("README.md", FACTS, SUMS, SIGNATURE)  # what is said of a cache, and no part of it
 _THREADS = 2  # that hash: one waits for the disk while the other computes
 _AHEAD = 4  # files that are hashed before their turn
 
@@ -92,18 +96,34 @@ class Verdict:
         return not self.faults
 
 
-def verify_cache(path: str | Path, *, fields: Sequence[str] | None = None, repair: bool = False) -> Verdict:
+def verify_cache(
+    path: str | Path,
+    *,
+    fields: Sequence[str] | None = None,
+    repair: bool = False,
+    signers: Sequence[str] | None = None,
+) -> Verdict:
     """Check the cache at `path`: all of it, or only `fields` and `examples`.
 
     Reads every byte once. CacheError where there is no cache, or while it is being written. With `repair`, the files
-    that are proven bad are removed, and the dump that made the cache has to be given again.
+    that are proven bad are removed, and the dump that made the cache has to be given again. With `signers`
+    (fingerprints of keys, see `softlabels.cache.signing`) it is a fault where none of them vouches for every byte of
+    it; all is read twice.
     """
+    if repair and signers is not None:
+        raise ConfigError("a repair changes what was signed: give --signer to a verify without --repair")
     started, folder = time.monotonic(), Path(path)
     if not folder.is_dir():
         read_manifest(folder)  # says so
     with lock(folder, shared=not repair):
         check = _Check(folder)
         check.run(fields)
+        if signers is not None and check.manifest is not None and check.manifest.complete:
+            wrong = list(signature_faults(folder, check.manifest, signers, check.fields))
+            for line in wrong:
+                check.fault("signature", line)
+            if not wrong:
+                check.notes.append(f"signed, every byte, by {' or '.join(signers)}")
         removed = _repair(check) if repair else []
     return Verdict(
         cache=folder,
@@ -121,7 +141,7 @@ def verify_cache(path: str | Path, *, fields: Sequence[str] | None = None, repai
 
 
 @dataclass(slots=True)
-class Sums:
+class Counted:
     """Of a field's receipts."""
 
     receipts: int = 0
@@ -138,7 +158,7 @@ class _Check:
         self.fields: list[str] = []
         self.faults: list[Fault] = []
         self.notes: list[str] = []
-        self.sums: dict[str, Sums] = {}
+        self.sums: dict[str, Counted] = {}
         self.hashed = self.bytes = 0
 
     def fault(
@@ -173,7 +193,7 @@ class _Check:
             self.notes.append(
                 f"{len(left)} temporary file(s) of a dump that was stopped ({_some(left)}): the next dump removes them"
             )
-        known = {MANIFEST, RECEIPT, EXAMPLES, *FOLDERS, *manifest.fields}
+        known = {MANIFEST, RECEIPT, EXAMPLES, *FOLDERS, *manifest.fields, *BESIDE}
         strange = sorted(name for name in os.listdir(self.folder) if name not in known and name not in left)
         if strange:
             self.notes.append(f"{_some(strange)}: not part of the cache")
@@ -400,7 +420,7 @@ def _compare_receipt(check: _Check, manifest: Manifest, name: str, shard: int, *
         "xxh3_128": (receipt.xxh3_128, table.hash(shard)),
         "join": (receipt.join, manifest.join[32 * shard : 32 * shard + 32]),
     }
-    sums = check.sums.setdefault(name, Sums())
+    sums = check.sums.setdefault(name, Counted())
     sums.receipts, sums.truncated, sums.clipped = (
         sums.receipts + 1,
         sums.truncated + receipt.truncated,

@@ -2,7 +2,8 @@
 
 The process that was asked holds the cache's lock and the list of what is missing. Its workers ask for a shard when they
 can begin with one, and get it over a pipe; so a slow one holds up no other, and a worker that dies has its shard done
-by another. Towards the end none gets a shard in advance. Workers end when the process that started them does.
+by another. Each also gets a shard in advance, to tokenise it, while there are many; before it begins with one it asks
+once more, for when nothing else is left another may have taken it. Workers end when the process that started them does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.codec import Overflow
-from softlabels.cache.files import sweep_temporary
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import Update
@@ -87,7 +87,7 @@ def run_on_devices(
     finally:
         pool.close()
         if not whole:
-            sweep_temporary(build.folder)  # of the workers, which are gone; this process has the lock
+            build.sweep()  # of the workers, which are gone; this process has the lock
     return Outcome(min([*pool.budgets, build.manifest.dump.batch_tokens]), pool.lost)
 
 
@@ -99,7 +99,9 @@ class _Worker:
     device: str
     process: SpawnProcess
     pipe: Connection
-    claimed: list[ShardTask] = field(default_factory=list)  # in work, and next
+    turns: Connection  # by which it is told whether a shard is still its own
+    claimed: list[ShardTask] = field(default_factory=list)  # being written, in work, and next
+    begun: int | None = None  # the last shard that it began with
     asks: bool = False
     rows: int = 0  # told of the shard in work
 
@@ -117,10 +119,11 @@ class _Pool:
     def start(self, device: str, open_steps: OpenSteps, overflow: Overflow, *, among: int) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
         ours, theirs = context.Pipe()
+        turns, their_turns = context.Pipe()
         threads = max(torch.get_num_threads() // among, 1) if torch.device(device).type == "cpu" else None
         process = context.Process(
             target=_serve,
-            args=(theirs, open_steps, device, self.build, overflow, threads),
+            args=(theirs, their_turns, open_steps, device, self.build, overflow, threads),
             name=f"softlabels-{device}",
             daemon=True,
         )
@@ -128,10 +131,11 @@ class _Pool:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
-            self.workers.append(_Worker(device, process, ours))
+            self.workers.append(_Worker(device, process, ours, turns))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the worker
+        their_turns.close()
 
     def work(self) -> None:
         """Until all shards are whole."""
@@ -163,6 +167,10 @@ class _Pool:
                 worker.asks = True
                 if not self.waiting and not any(other.claimed for other in self.workers):
                     _send(worker.pipe, None)
+            elif kind == "begin":
+                own = any(task.shard == value for task in worker.claimed)
+                worker.begun = value if own else worker.begun
+                _send(worker.turns, own)
             elif kind == "whole":
                 worker.claimed = [task for task in worker.claimed if task.shard != value]
                 worker.rows = 0
@@ -177,6 +185,17 @@ class _Pool:
                 worker.claimed.append(self.waiting.popleft())
                 worker.asks = False
                 _send(worker.pipe, worker.claimed[-1])
+            elif worker.asks and not worker.claimed and (task := self._take_back()) is not None:
+                worker.claimed.append(task)
+                worker.asks = False
+                _send(worker.pipe, task)
+
+    def _take_back(self) -> ShardTask | None:
+        """A shard that another got in advance and has not begun."""
+        for worker in self.workers:
+            if len(worker.claimed) > 1 and worker.claimed[-1].shard != worker.begun:
+                return worker.claimed.pop()
+        return None
 
     def _bury(self, worker: _Worker) -> None:
         """A worker died: what it had goes back to the others."""
@@ -211,18 +230,25 @@ class _Pool:
                 worker.process.join()
         for worker in self.workers:
             worker.pipe.close()
+            worker.turns.close()
 
 
-def _send(pipe: Connection, task: ShardTask | None) -> None:
+def _send(pipe: Connection, value: ShardTask | bool | None) -> None:
     with suppress(BrokenPipeError, ConnectionResetError):  # it died: the next thing heard of it is that
-        pipe.send(task)
+        pipe.send(value)
 
 
 # ------------------------------------------------------------------------------------------------------------ a worker
 
 
 def _serve(
-    pipe: Connection, open_steps: OpenSteps, device: str, build: CacheBuild, overflow: Overflow, threads: int | None
+    pipe: Connection,
+    turns: Connection,
+    open_steps: OpenSteps,
+    device: str,
+    build: CacheBuild,
+    overflow: Overflow,
+    threads: int | None,
 ) -> None:
     """What a worker does: shards until there are none."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -233,6 +259,10 @@ def _serve(
             pipe.send((kind, value))
 
     stopped = threading.Event()
+
+    def begin(shard: int) -> bool:
+        tell("begin", shard)
+        return turns.recv()
 
     def tasks() -> Iterator[ShardTask]:
         while True:
@@ -255,6 +285,7 @@ def _serve(
                 tasks(),
                 overflow=overflow,
                 update=lambda rows, /, **figures: tell("rows", (rows, figures)),
+                begin=begin,
                 committed=lambda shard: tell("whole", shard),
                 stop=stopped.set,
             )

@@ -65,13 +65,15 @@ def run_shards(
     *,
     overflow: Overflow,
     update: Update,
+    begin: Callable[[int], bool] = lambda shard: True,
     committed: Callable[[int], object] = lambda shard: None,
     stop: Callable[[], object] = lambda: None,
 ) -> int:
     """Do all `tasks`; the token budget in the end: below the manifest's where memory ran out.
 
     `tasks` is drawn from by the thread that tokenises, and may wait there until `stop` is called. `update` is called
-    for every batch that is written and `committed` with every shard that is whole, both in the calling thread.
+    for every batch that is written, `begin` with every shard before its first batch, and the shard is left out where
+    that says no, and `committed` with every shard that is whole, all in the calling thread.
 
     Out of memory, the batch is split and the budget halved for all that follow. How rows are batched shows in what the
     teacher gives by rounding alone (about 1e-6 of a float32 value), never in which row gets what; a cache dumped
@@ -91,6 +93,8 @@ def run_shards(
         ):
             teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
             for task, rows in tokenized:
+                if not begin(task.shard):
+                    continue
                 trim()
                 first: list[Callable[[], Any]] = [partial(shards.begin, task, rows)]
                 if set(task.missing) - {EXAMPLES}:

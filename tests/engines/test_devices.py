@@ -111,6 +111,28 @@ def test_a_worker_that_dies_has_its_shard_done_by_another(teacher: Path, whole: 
     assert contents(out) == contents(whole)
 
 
+def test_a_slow_worker_holds_up_only_what_it_has_begun(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    """A shard that it writes and one that it computes, not one that it got in advance; here one stands still."""
+    out, shards, waited = tmp_path / "cache", len(ROWS) // 4, []
+
+    def stop() -> None:
+        await_(lambda: any(out.glob("logits/*.json")), "no shard was begun")
+        slow = multiprocessing.active_children()[0].pid or 0
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            await_(lambda: len(list(out.glob("value.02/*.json"))) >= shards - 2, "the rest waited for the slow one")
+            waited.append(slow)
+        finally:
+            os.kill(slow, signal.SIGCONT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    report = run(teacher, out, ["cpu", "cpu"])
+    stopper.join()
+    assert len(waited) == 1 and report.lost == [] and report.new_rows == len(ROWS)
+    assert contents(out) == contents(whole)
+
+
 @pytest.mark.slow
 def test_when_the_last_one_dies_it_is_told_and_the_same_call_goes_on(
     teacher: Path, whole: Path, tmp_path: Path
