@@ -762,7 +762,8 @@ app.command(epilog=sign.EXAMPLES)(sign.sign)
 
 @app.command(
     epilog="Examples:  softlabels verify cache   |   softlabels verify cache --field logits   |   "
-    "softlabels verify cache --repair   |   softlabels verify cache --live ./teacher --rows 200   |   "
+    "softlabels verify cache --repair   |   softlabels verify cache --quick   |   "
+    "softlabels verify cache --live ./teacher --rows 200   |   "
     "softlabels verify cache --live ./vit --corpus images.csv   |   softlabels verify cache --signer maker.pub"
 )
 def verify(
@@ -776,6 +777,9 @@ def verify(
         typer.Option(
             "--repair", help="remove the files that are proven bad, so that the dump command writes just these again"
         ),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="only whether all files are there and as long as they must be: seconds")
     ] = False,
     signer: Annotated[
         str | None,
@@ -817,6 +821,8 @@ def verify(
     if live is not None:
         if repair:
             raise ConfigError("--live changes nothing: give --repair to a verify without it")
+        if quick:
+            raise ConfigError("--live runs the teacher: give --quick to a verify without it")
         if signer is not None:
             raise ConfigError("--live looks at some rows only: give --signer to a verify without it")
         _verify_live(
@@ -838,7 +844,7 @@ def verify(
     from softlabels.cache.verify import verify_cache
 
     signers = None if signer is None else load_signers(signer)
-    verdict = verify_cache(cache, fields=field or None, repair=repair, signers=signers)
+    verdict = verify_cache(cache, fields=field or None, repair=repair, signers=signers, quick=quick)
     if as_json:
         _print_json({**asdict(verdict), "whole": verdict.whole})
     else:

@@ -97,9 +97,11 @@ def verdict_line(verdict) -> str:
     lines = [f"note: {note}" for note in verdict.notes]
     lines += [f"{fault.kind}: {fault.message}" for fault in verdict.faults]
     rate = verdict.bytes / max(verdict.seconds, 1e-9)
+    read = f"{verdict.shards:,} files, {show_size(verdict.bytes)}, {show_size(rate)}/s"
+    good = "all there, and as long as they must be" if verdict.quick else "whole"
     lines.append(
-        f"{verdict.shards:,} files, {show_size(verdict.bytes)}, {show_size(rate)}/s: "
-        + ("whole" if verdict.whole else f"{len(verdict.faults)} fault(s)")
+        ("names and sizes" if verdict.quick else read)
+        + f": {good if verdict.whole else f'{len(verdict.faults)} fault(s)'}"
     )
     if verdict.removed:
         lines.append(

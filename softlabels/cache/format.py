@@ -401,8 +401,12 @@ def identity(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def shard_name(shard: int) -> str:
+    return f"{shard:05d}.arrow"
+
+
 def shard_file(folder: Path, field: str, shard: int) -> Path:
-    return folder / field / f"{shard:05d}.arrow"
+    return folder / field / shard_name(shard)
 
 
 def receipt_file(folder: Path, field: str, shard: int) -> Path:

@@ -42,6 +42,7 @@ from softlabels.cache.format import (
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.licence import FACTS
 from softlabels.cache.members import Members
+from softlabels.cache.quick import wrong_sizes
 from softlabels.cache.settings import FOLDERS, folder_receipt, load_tokenizer, read_processor_hash
 from softlabels.cache.shards import check_lengths, open_shard
 from softlabels.cache.signing import SIGNATURE, SUMS, signature_faults
@@ -90,6 +91,7 @@ class Verdict:
     faults: list[Fault]
     notes: list[str]  # what is no fault, but worth knowing
     removed: list[str] = field(default_factory=list)  # by `repair`
+    quick: bool = False  # no shard was read
 
     @property
     def whole(self) -> bool:
@@ -102,22 +104,25 @@ def verify_cache(
     fields: Sequence[str] | None = None,
     repair: bool = False,
     signers: Sequence[str] | None = None,
+    quick: bool = False,
 ) -> Verdict:
     """Check the cache at `path`: all of it, or only `fields` and `examples`.
 
-    Reads every byte once. CacheError where there is no cache, or while it is being written. With `repair`, the files
-    that are proven bad are removed, and the dump that made the cache has to be given again. With `signers`
-    (fingerprints of keys, see `softlabels.cache.signing`) it is a fault where none of them vouches for every byte of
-    it; all is read twice.
+    Reads every byte once; with `quick` no shard, and tells whether all are there and as long as they must be.
+    CacheError where there is no cache, or while it is being written. With `repair`, the files that are proven bad are
+    removed, and the dump that made the cache has to be given again. With `signers` (fingerprints of keys, see
+    `softlabels.cache.signing`) it is a fault where none of them vouches for every byte of it; all is read twice.
     """
     if repair and signers is not None:
         raise ConfigError("a repair changes what was signed: give --signer to a verify without --repair")
+    if quick and signers is not None:
+        raise ConfigError("a signature is of every byte, and --quick reads none: give --signer to a verify without it")
     started, folder = time.monotonic(), Path(path)
     if not folder.is_dir():
         read_manifest(folder)  # says so
     with lock(folder, shared=not repair):
         check = _Check(folder)
-        check.run(fields)
+        check.run(fields, quick=quick)
         if signers is not None and check.manifest is not None and check.manifest.complete:
             wrong = list(signature_faults(folder, check.manifest, signers, check.fields))
             for line in wrong:
@@ -134,6 +139,7 @@ def verify_cache(
         faults=check.faults,
         notes=check.notes,
         removed=removed,
+        quick=quick,
     )
 
 
@@ -166,7 +172,7 @@ class _Check:
     ) -> None:
         self.faults.append(Fault(name, shard, kind, message, tuple(remove)))
 
-    def run(self, fields: Sequence[str] | None) -> None:
+    def run(self, fields: Sequence[str] | None, *, quick: bool) -> None:
         try:
             self.manifest = manifest = read_manifest(self.folder)
         except CacheError as error:
@@ -182,7 +188,9 @@ class _Check:
         self.fields = sorted(manifest.fields if fields is None else set(fields))
         self._check_leftovers(manifest)
         self._check_settings(manifest)
-        if manifest.complete:
+        if manifest.complete and quick:
+            _check_sizes(self, manifest)
+        elif manifest.complete:
             _check_shards(self, manifest)
         else:
             _check_begun(self, manifest)
@@ -228,6 +236,17 @@ class _Check:
             elif now[name] != receipt.files[name]:
                 remedy = f": copy it again, with {RECEIPT}, from where the cache came from" if not remove else ""
                 self.fault("manifest", f"{name} is not the file that was written{remedy}", remove=remove)
+
+
+def _check_sizes(check: _Check, manifest: Manifest) -> None:
+    """A finished cache, by the names and sizes of its files."""
+    names = [EXAMPLES, *check.fields]
+    for wrong in wrong_sizes(check.folder, manifest, names):
+        file = _arrow(wrong.field, wrong.shard)
+        kind: Kind = "missing" if wrong.bytes is None else "cut"
+        is_there = "is missing" if wrong.bytes is None else f"has {wrong.bytes:,} bytes instead of {wrong.wanted:,}"
+        check.fault(kind, f"{file} {is_there}", wrong.field, wrong.shard, remove=_files(wrong.field, wrong.shard))
+    check.notes.append(f"names and sizes of {len(names) * len(manifest.shard_rows):,} files; no shard was read")
 
 
 def _check_shards(check: _Check, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from softlabels.cli import _guarded
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.errors import CacheError
+from softlabels.errors import CacheError, ConfigError
 from softlabels.progress import quiet
 from softlabels.types import Example
 from tests.cache.made import rows_of, write_cache
@@ -299,3 +299,25 @@ def test_the_command_line(cache: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert _guarded(["verify", str(cache / "nowhere")], debug=False) == 2
     assert "no cache at" in capsys.readouterr().err
     assert not os.path.exists(cache / "nowhere")
+
+
+def test_quickly_names_and_sizes(cache: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _guarded(["verify", str(cache), "--quick"], debug=False) == 0
+    assert "all there" in capsys.readouterr().out
+    flip(cache / "logits" / "00001.arrow")  # as long as before: that is for a verify without --quick
+    verdict = check(cache, quick=True)
+    assert verdict.whole and verdict.quick and verdict.shards == verdict.bytes == 0
+    cut(cache / "hidden.01" / "00002.arrow")
+    (cache / "examples" / "00000.arrow").unlink()
+    link(cache / "logits" / "00002.arrow")
+    wanted = {("hidden.01", 2, "cut"), ("examples", 0, "missing"), ("logits", 2, "missing")}
+    assert found(check(cache, quick=True)) == wanted
+    assert found(check(cache, quick=True, fields=["logits"])) == {("examples", 0, "missing"), ("logits", 2, "missing")}
+    shutil.rmtree(cache / "hidden.01")
+    assert _guarded(["verify", str(cache), "--quick", "--json"], debug=False) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert {(fault["field"], fault["kind"]) for fault in told["faults"]} >= {("hidden.01", "missing")}
+    assert _guarded(["verify", str(cache), "--quick", "--live", "nobody"], debug=False) == 2
+    assert "give --quick to a verify without it" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--quick reads none"):
+        check(cache, quick=True, signers=["SHA256:x"])

@@ -1,0 +1,51 @@
+"""A finished cache's files by name and size alone: seconds where hashing all of them takes hours.
+
+What a copy that was broken off leaves is found, and what a disk changed is not: `softlabels.cache.verify` reads the
+bytes. Two million files are told from each other without a path object for each.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softlabels.cache.format import Manifest, shard_name
+
+
+@dataclass(frozen=True, slots=True)
+class WrongSize:
+    """A shard's file that isn't there, or is not as long as the manifest says."""
+
+    field: str
+    shard: int
+    bytes: int | None  # None: it isn't there, or is no file
+    wanted: int
+
+
+def wrong_sizes(folder: Path, manifest: Manifest, fields: Sequence[str]) -> Iterator[WrongSize]:
+    """Every shard of `fields` whose file has not the size that the manifest says, in order. No byte is read."""
+    for field in fields:
+        table = manifest.shards[field]
+        try:
+            place = os.open(folder / field, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # none, or a link, or a file
+            yield from (WrongSize(field, shard, None, table.size(shard)) for shard in range(len(table)))
+            continue
+        try:
+            for shard in range(len(table)):
+                found, wanted = _size(place, shard_name(shard)), table.size(shard)
+                if found != wanted:
+                    yield WrongSize(field, shard, found, wanted)
+        finally:
+            os.close(place)
+
+
+def _size(place: int, name: str) -> int | None:
+    try:
+        status = os.stat(name, dir_fd=place, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
