@@ -17,30 +17,35 @@ from typing import Any
 import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C while it imports numpy itself
 import torch
 
-from softlabels.cache.build import build_cache, check_rows, image_teacher_card, plan_manifest, teacher_card
+from softlabels.cache.build import CacheBuild, build_cache, check_rows, image_teacher_card, plan_manifest, teacher_card
+from softlabels.cache.codec import Overflow
+from softlabels.cache.delivery import FolderPlace, is_url, new_lease
+from softlabels.cache.files import sweep_temporary
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
 from softlabels.cache.info import clipped_values
 from softlabels.cache.reader import capture_of
+from softlabels.cache.store import Store, mirror
 from softlabels.cache.vocab import parse_form
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.factors import sample_factors
 from softlabels.captures.forward import Request
 from softlabels.captures.output_head import OutputHead, keep_head
-from softlabels.config import DumpOptions, Masking
+from softlabels.config import DumpOptions, Masking, RayOptions
 from softlabels.corpus import Corpus
 from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
-from softlabels.errors import ConfigError, TeacherError
+from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.factors import LogitFactors
 from softlabels.pixels import ImageReader, check_sequence
-from softlabels.progress import progress
+from softlabels.progress import Update, progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
 from softlabels.types import IMAGES, Example, ImageBatch, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
+_SHOWN = 10  # shards that were given up
 _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for factors, and tokens at a time
 
 
@@ -48,7 +53,7 @@ _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for f
 class DumpReport:
     """What a dump did."""
 
-    cache: Path
+    cache: Path | str  # a folder or a URL
     rows: int
     new_rows: int  # that the teacher was run over this time
     truncated: int
@@ -56,7 +61,7 @@ class DumpReport:
     seconds: float
     bytes: int
     batch_tokens: int  # in the end: less than was asked for where memory ran out
-    lost: list[str]  # a line for each process that died on one of several devices; its shards were done by another
+    lost: list[str]  # a line for each process that died on a device or a cluster; its shards were done by another
     clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
@@ -64,10 +69,11 @@ def dump(
     corpus: Corpus,
     *,
     teacher: str,
-    out: Path,
+    out: Path | str,
     options: DumpOptions | None = None,
     device: str | None = None,
     devices: Sequence[str] | None = None,
+    ray: RayOptions | None = None,
     trust_remote_code: bool = False,
 ) -> DumpReport:
     """Run `teacher` (a folder or a name) over `corpus` and keep what `options.capture` asks for in the cache `out`.
@@ -75,16 +81,22 @@ def dump(
     An interrupted dump goes on with the same call; another configuration in the same folder is refused. A finished
     cache gets only the fields that it lacks. With several `devices` ('cuda:0', 'cuda:1') each gets a process of its own
     (a script that calls this needs `if __name__ == "__main__":`); this one only plans, on the CPU, and shares out.
+
+    With `ray` the shards are done by the workers of a Ray cluster, and `out` may be a URL that fsspec knows (s3://…),
+    to which they bring them. A shard that none of them can do is left out: CacheError names it, the others are kept.
     """
     started = time.monotonic()
     options = options or DumpOptions()
-    out = Path(out)
+    if ray is None and is_url(out):
+        raise ConfigError(f"--out {out}: only the workers of a Ray cluster write to a URL: add --engine ray")
     requests = parse_captures(options.capture)
     check_rows(corpus)
     if devices is not None and len(devices) == 1:
         device, devices = devices[0], None
+    if ray is not None:
+        teacher = _anywhere(teacher)
     loaded = load_teacher(
-        teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code, task=options.task
+        teacher, device="cpu" if devices or ray else device, trust_remote_code=trust_remote_code, task=options.task
     )
     requests = choose_captures(requests, loaded.task)
     if loaded.task == IMAGES and options.max_length is not None:
@@ -105,9 +117,13 @@ def dump(
         )
         head = _head(loaded, run, way.probe)
         factors = _factors(corpus, loaded, run, options, max_length=way.max_length)
-        with build_cache(
-            out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors
-        ) as build:
+        with (
+            _open_out(out) as (folder, store),
+            build_cache(
+                folder, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors
+            ) as begun,
+        ):
+            build = replace(begun, elsewhere=store is not None)
             missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
@@ -116,15 +132,21 @@ def dump(
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
-                if devices and missing:
-                    again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
+                again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
+                if ray is not None and missing:
+                    outcome = _run_on_ray(
+                        ray, again, build, store, tasks, total=len(missing), overflow=options.overflow, update=update
+                    )
+                elif devices and missing:
                     outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
                 else:
                     steps = _steps(loaded, run, options, way)
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish()
+            if store is not None:
+                store.finish()
     return DumpReport(
-        cache=out,
+        cache=out if is_url(out) else Path(out),
         rows=len(corpus.examples),
         new_rows=len(corpus.examples) - done,
         truncated=final.corpus.truncated,
@@ -135,6 +157,64 @@ def dump(
         lost=outcome.lost,
         clipped=clipped_values(final),
     )
+
+
+def _anywhere(teacher: str) -> str:
+    """Its name for processes that start in other folders."""
+    folder = Path(teacher).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else teacher
+
+
+@contextmanager
+def _open_out(out: Path | str) -> Iterator[tuple[Path, Store | None]]:
+    """The folder to build the cache in, and what it stands for where that is a URL."""
+    if not is_url(out):
+        yield Path(out), None
+        return
+    with mirror(str(out)) as store:
+        yield store.folder, store
+
+
+def _run_on_ray(
+    ray: RayOptions,
+    again: _Again,
+    build: CacheBuild,
+    store: Store | None,
+    tasks: Iterator[ShardTask],
+    *,
+    total: int,
+    overflow: Overflow,
+    update: Update,
+) -> Outcome:
+    """CacheError, once the rest is done, where shards had to be given up."""
+    from softlabels.engines.ray_shards import run_on_ray
+
+    here = FolderPlace(build.folder.resolve(), new_lease())
+    (store or here).begin()
+    try:
+        outcome = run_on_ray(
+            ray,
+            again,
+            build,
+            here if store is None else store.place,
+            tasks,
+            total=total,
+            overflow=overflow,
+            update=update,
+            delivered=(lambda receipts, shard: None) if store is None else store.keep,
+        )
+    finally:
+        here.end([EXAMPLES, *build.manifest.fields])
+        sweep_temporary(build.folder)  # of the workers, which are gone
+    if outcome.given_up:
+        shown = "".join(f"\n  {line}" for line in outcome.given_up[:_SHOWN])
+        more = len(outcome.given_up) - _SHOWN
+        raise CacheError(
+            f"{len(outcome.given_up)} of {total} shards were given up, the others are kept:{shown}"
+            + (f"\n  and {more} more" if more > 0 else "")
+            + "\nThe same command tries them again"
+        )
+    return Outcome(outcome.batch_tokens, outcome.lost)
 
 
 def _first_to_try(corpus: Corpus) -> Example:
