@@ -93,8 +93,6 @@ def dump(
     check_rows(corpus)
     if devices is not None and len(devices) == 1:
         device, devices = devices[0], None
-    if ray is not None:
-        teacher = _anywhere(teacher)
     loaded = load_teacher(
         teacher, device="cpu" if devices or ray else device, trust_remote_code=trust_remote_code, task=options.task
     )
@@ -132,7 +130,7 @@ def dump(
             done = len(corpus.examples) - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(len(corpus.examples), description="dump", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
-                again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
+                again = _Again(_anywhere(teacher), trust_remote_code, loaded.weights_hash, run.requests, first, options)
                 if ray is not None and missing:
                     outcome = _run_on_ray(
                         ray, again, build, store, tasks, total=len(missing), overflow=options.overflow, update=update

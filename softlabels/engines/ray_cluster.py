@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from softlabels.config import RayOptions
 from softlabels.errors import ConfigError
 
 _STORE = 256 << 20  # bytes of shared memory for what is on its way: rows of shards. Ray would take 30 % of the machine
+_KNOCK_SECONDS = 10.0
 _LOOPBACKS = ("127.", "::1")
 # Ray asks on Macs alone for the loopback (https://github.com/ray-project/ray/issues/18730): elsewhere 127.0.0.1, given
 # as `_node_ip_address`, becomes the address that others reach this machine by
@@ -65,13 +67,25 @@ def _start(options: RayOptions) -> None:
         _start_local(options, common)
         return
     try:
+        _knock(options.address)
         ray.init(address=options.address, **common)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"--address {options.address}: no Ray cluster answers there ({words}). Start one (ray start --head), or "
-            f"give --address local for one on this machine alone"
+            f"--address {options.address}: no Ray cluster answers there ({words[:120]}). Start one (ray start --head), "
+            f"or give --address local for one on this machine alone"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens: Ray would try for minutes, and `auto` may be what a crashed cluster has left."""
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        address = canonicalize_bootstrap_address("auto") or ""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _start_local(options: RayOptions, common: dict[str, Any]) -> None:
@@ -86,6 +100,7 @@ def _start_local(options: RayOptions, common: dict[str, Any]) -> None:
             num_cpus=cpus,
             num_gpus=0 if options.gpus_per_worker == 0 else None,
             object_store_memory=_STORE,
+            _system_config={"worker_niceness": 0},  # as a local dump; Ray's 15 is nearly nothing on a busy machine
             **common,
         )
     address = ray.util.get_node_ip_address()
