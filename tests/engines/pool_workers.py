@@ -1,4 +1,4 @@
-"""Workers for tests of the pool: an item says itself what is to happen to it. In a module that other processes import."""
+"""Workers for tests of the pool, in a module that other processes import: an item says what is to happen to it."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_what_no_other_try_could_mend_ends_the_pool(room: Room) -> None:
         pool(room, [1, 2, "full", *range(3, 50)])
     with pytest.raises(TeacherError, match=r"3 failed one after another, up to item refuse .: refused ."):
         pool(room, [f"refuse {number}" for number in range(9)])
-    with pytest.raises(TeacherError, match="^the teacher was changed$"):
+    with pytest.raises(TeacherError, match=r"^the teacher was changed$"):
         pool(room, [1, 2, 3], open_elsewhere)
     with pytest.raises(TeacherError, match=r"workers died one after another before they could work; the last one died"):
         pool(room, [1, 2, 3], open_never)
@@ -225,3 +225,169 @@ def _connect_alone(address: str) -> None:
     from softlabels.engines.ray_cluster import _start
 
     _start(RayOptions(address=address))
+
+
+# ----------------------------------------------------------------------------------------------------------- what dies
+
+
+def receipts(out: Path) -> int:
+    return len(list(out.glob("hidden.02/*.json")))
+
+
+def actors(tree: psutil.Process) -> list[psutil.Process]:
+    """The workers among the processes that `tree` has started, through Ray's."""
+    found = []
+    for process in tree.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::_Actor") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@needs_ray
+@pytest.mark.slow
+def test_twenty_random_kills_of_workers_leave_the_bytes_of_a_local_dump(
+    room: Room, teacher: Path, tmp_path: Path
+) -> None:
+    rows = [Example(f"row-{i}", text, None, name) for i, (text, name) in enumerate(TEXTS * 8)]
+    chance = random.Random(1)
+    killed: list[int] = []
+    out, over = tmp_path / "cache", threading.Event()
+
+    def kill() -> None:
+        while len(killed) < 20 and not over.is_set():
+            before = receipts(out)
+            while receipts(out) <= before and not over.is_set():
+                time.sleep(0.01)
+            time.sleep(chance.random() * 0.3)
+            if alive := actors(psutil.Process()):
+                victim = chance.choice(alive)
+                victim.kill()
+                killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = run(teacher, out, rows=rows, shard_rows=1)
+    over.set()
+    killer.join()
+    assert len(killed) == 20, "the dump was over too soon"
+    assert len(report.lost) >= 18  # of those killed while the last shards came in, nobody asks any more
+    run(teacher, tmp_path / "local", rows=rows, shard_rows=1, workers=None)
+    assert contents(out) == contents(tmp_path / "local")
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    room: Room, teacher: Path, whole: Path, tmp_path: Path, workers: int
+) -> None:
+    run(teacher, tmp_path / "cache", workers=workers)
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
+def test_another_dump_takes_the_lease_of_workers_that_outlived_theirs(tmp_path: Path) -> None:
+    from softlabels.cache.delivery import FolderPlace, StorePlace
+
+    folder = FolderPlace(tmp_path, ".tmp-lease-a")
+    folder.begin()
+    folder.check()
+    folder.end([])
+    store = StorePlace(f"file://{tmp_path}", ".tmp-lease-b")
+    store.begin()
+    store.check()
+    StorePlace(f"file://{tmp_path}", ".tmp-lease-c").begin()
+    for place in (folder, store):
+        with pytest.raises(CacheError, match="another"):
+            place.deliver(tmp_path, ["logits"], 0)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    examples = [{"id": f"row-{i}", "text": text, "label": name} for i, (text, name) in enumerate(TEXTS * 4)]
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return path
+
+
+def started(rows: Path, teacher: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    given = ["dump", rows, "--teacher", teacher, "--out", out, "--shard-rows", "2", "--codec", "float32"]
+    captures = [word for one in ("logits", "hidden:1,2") for word in ("--capture", one)]
+    return subprocess.Popen(
+        command(*given, *captures, *more),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_driver_that_is_killed_goes_on_and_a_ctrl_c_leaves_whole_shards(
+    teacher: Path, tmp_path: Path, rows: Path
+) -> None:
+    """Five kills, then a Ctrl-C as a terminal sends it, then to the end."""
+    out, chance = tmp_path / "cache", random.Random(2)
+    for number in [signal.SIGKILL] * 5 + [signal.SIGINT]:
+        before = receipts(out)
+        process = started(rows, teacher, out, "--engine", "ray", "--workers", "2")
+        await_(lambda before=before: receipts(out) > before, "no shard came")  # type: ignore[misc]
+        time.sleep(chance.random() * 0.2)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any(one.name() == "raylet" for one in family)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.kill()
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err, err
+        await_(lambda family=family: not any(map(alive, family)), "a process outlived its parent")  # type: ignore[misc]
+        with lock(out):
+            assert number == signal.SIGKILL or list(out.rglob(".tmp-*")) == []
+    assert receipts(out) < len(TEXTS) * 4 // 2, "the dump was too fast to be stopped"
+    process = started(rows, teacher, out, "--engine", "ray", "--workers", "2", "--json")
+    told, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert json.loads(told)["new_rows"] < len(TEXTS) * 4
+    local = started(rows, teacher, tmp_path / "local", "--cpu")
+    local.communicate(timeout=PATIENCE)
+    assert contents(out) == contents(tmp_path / "local")
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_that_is_lost_and_another_that_comes(teacher: Path, tmp_path: Path, rows: Path) -> None:
+    """The cluster is simulated on this machine, its workers are real; the driver joins it by its address."""
+    from ray.cluster_utils import Cluster
+
+    environment_before = dict(os.environ)
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        out = tmp_path / "cache"
+        process = started(
+            rows, teacher, out, "--engine", "ray", "--address", cluster.address, "--workers", "2", "--json"
+        )
+        raylet = second.all_processes["raylet"][0].process.pid
+        await_(lambda: actors(psutil.Process(raylet)) and receipts(out) >= 4, "no worker came to the second node")
+        cluster.remove_node(second, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        told, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        report = json.loads(told)
+        assert len(report["lost"]) == 1, report
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(environment_before)
+    started(rows, teacher, tmp_path / "local", "--cpu").communicate(timeout=PATIENCE)
+    assert contents(out) == contents(tmp_path / "local")
