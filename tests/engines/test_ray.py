@@ -344,6 +344,8 @@ def test_a_driver_that_is_killed_goes_on_and_a_ctrl_c_leaves_whole_shards(
             process.kill()
         _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err, err
+        if number == signal.SIGKILL:  # Ray's two agents first try to tell the dead head of it, for about a minute
+            family = [one for one in family if not name(one).endswith("Agent")]
         await_(lambda family=family: not any(map(alive, family)), "a process outlived its parent")  # type: ignore[misc]
         with lock(out):
             assert number == signal.SIGKILL or list(out.rglob(".tmp-*")) == []
@@ -355,6 +357,13 @@ def test_a_driver_that_is_killed_goes_on_and_a_ctrl_c_leaves_whole_shards(
     local = started(rows, teacher, tmp_path / "local", "--cpu")
     local.communicate(timeout=PATIENCE)
     assert contents(out) == contents(tmp_path / "local")
+
+
+def name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def alive(process: psutil.Process) -> bool:
