@@ -34,6 +34,7 @@ from softlabels.engines import ray_shards
 from softlabels.engines.local import ShardTask
 from softlabels.engines.ray_cluster import connect
 from softlabels.engines.ray_pool import Watch, run_items
+from softlabels.engines.ray_shards import Parcel
 from softlabels.progress import quiet
 from softlabels.tasks import TaskLabels
 from softlabels.types import Example
@@ -47,8 +48,8 @@ SHARD_ROWS = 256
 class Nothing:
     """A worker that answers at once."""
 
-    def do(self, task: ShardTask) -> int:
-        return task.shard
+    def do(self, parcel: Parcel) -> int:
+        return parcel.task.shard
 
 
 def sentences(count: int) -> Corpus:
@@ -105,10 +106,10 @@ def pair(folder: Path, rows: int, turns: int) -> None:
 def overhead(shards: int = 200) -> None:
     corpus = sentences(4096)
     labels = TaskLabels([-100] * 4096)
-    tasks = [ShardTask(number, corpus.examples, labels, ["examples", "logits"]) for number in range(shards)]
+    tasks = [Parcel(ShardTask(number, corpus.examples, labels, ["examples", "logits"])) for number in range(shards)]
     with connect(RayOptions(workers=2, gpus_per_worker=0)) as room:
         came: list[tuple[float, float]] = []
-        watch: Watch[ShardTask] = Watch(str, lambda task, told: came.append((time.monotonic(), time.process_time())))
+        watch: Watch[Parcel] = Watch(repr, lambda parcel, told: came.append((time.monotonic(), time.process_time())))
         run_items(tasks, Nothing, room=room, total=shards, depth=3, watch=watch)
     wall, cpu = ((came[-1][which] - came[0][which]) / (shards - 1) * 1e3 for which in (0, 1))
     print(f"overhead: {wall:.1f} ms a shard of 4,096 rows, {cpu:.1f} of them the driver's CPU (wanted: under 20)")
