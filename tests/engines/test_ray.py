@@ -380,7 +380,8 @@ def test_a_node_that_is_lost_and_another_that_comes(teacher: Path, tmp_path: Pat
     from ray.cluster_utils import Cluster
 
     environment_before = dict(os.environ)
-    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     try:
         second = cluster.add_node(num_cpus=1)
         out = tmp_path / "cache"
