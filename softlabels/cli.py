@@ -37,7 +37,7 @@ from softlabels.tables import (
 )
 
 if TYPE_CHECKING:
-    from softlabels.config import CombineOptions
+    from softlabels.config import CombineOptions, RayOptions
     from softlabels.corpus import Corpus
 
 app = typer.Typer(
@@ -274,14 +274,18 @@ def train_teacher_command(
     "dump",
     epilog="Examples:  softlabels dump texts.csv --teacher ./teacher --out cache --capture logits --capture hidden:3,6 "
     "  |   softlabels dump images.csv --teacher ./vit --out cache   |   in a Slurm array of 8 jobs:  softlabels dump "
-    "texts.csv --teacher ./teacher --out cache --part $((SLURM_ARRAY_TASK_ID + 1))/8",
+    "texts.csv --teacher ./teacher --out cache --part $((SLURM_ARRAY_TASK_ID + 1))/8   |   softlabels dump texts.csv "
+    "--teacher ./teacher --out s3://bucket/cache --engine ray --address ray://head:10001 --workers 8",
 )
 def dump_command(
     corpus: CorpusArgument,
     teacher: Annotated[str, typer.Option(help="the fine-tuned teacher: a folder or a Hugging Face name")],
     out: Annotated[
-        Path,
-        typer.Option(help="the cache; an unfinished one goes on, a finished one gets the fields it lacks"),
+        str,
+        typer.Option(
+            help="the cache; an unfinished one goes on, a finished one gets the fields it lacks. With --engine ray a "
+            "folder that all machines share, or a URL: s3://bucket/cache"
+        ),
     ],
     split: Annotated[
         str | None, typer.Option(help="which split(s) of the corpus, joined by +, e.g. train+unlabeled")
@@ -336,6 +340,26 @@ def dump_command(
             "last of them completes, or each into its own, put together by combine --rows; the same bytes either way",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="local|ray", help="ray: on the workers of a Ray cluster (pip install 'softlabels[ray]')"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="of the Ray cluster: local (default; one on this machine, for this dump alone), auto (the one that "
+            "this machine is part of), ray://HOST:10001, or HOST:6379"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="of the Ray cluster; by default as many as there is room for")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="0.5: two share one; 0: on the CPU; by default 1 where there are any")
+    ] = None,
+    cpus_per_worker: Annotated[
+        float | None, typer.Option(help="what a worker takes of its machine, and its threads; by default 1")
+    ] = None,
     compile_teacher: Annotated[
         bool,
         typer.Option("--compile", help="the teacher through torch.compile; it costs a minute or more at the start"),
@@ -374,6 +398,17 @@ def dump_command(
     from softlabels.cache.parts import parse_part
 
     asked = None if part is None else parse_part(part)
+    ray = _ray_options(
+        engine,
+        {
+            "address": address,
+            "workers": workers,
+            "gpus_per_worker": gpus_per_worker,
+            "cpus_per_worker": cpus_per_worker,
+        },
+        devices=devices,
+        cpu=cpu,
+    )
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
     from softlabels.engines.devices import parse_devices
@@ -389,6 +424,7 @@ def dump_command(
         options=options,
         device="cpu" if cpu else None,
         devices=chosen,
+        ray=ray,
         trust_remote_code=trust_remote_code,
         part=asked,
     )
@@ -405,6 +441,26 @@ def dump_command(
     if not report.complete:
         _say(f"{out} is complete once the other parts are in it; folders of parts are put together by combine --rows")
     _finish(report, as_json)
+
+
+def _ray_options(engine: str | None, given: dict[str, Any], *, devices: str | None, cpu: bool) -> RayOptions | None:
+    """What `--engine ray` and its options say; None for the local engine."""
+    from softlabels.config import RayOptions, build_options, suggest
+
+    named = {key: value for key, value in given.items() if value is not None}
+    if engine not in (None, "local", "ray"):
+        raise ConfigError(f"--engine {engine}: there are local and ray.{suggest(engine, ['local', 'ray'])}")
+    if engine != "ray":
+        if named:
+            raise ConfigError(f"--{next(iter(named)).replace('_', '-')} is of a Ray cluster: add --engine ray")
+        return None
+    if devices is not None:
+        raise ConfigError("dump takes --devices or --engine ray, not both: give --workers and --gpus-per-worker")
+    if cpu:
+        if named.get("gpus_per_worker"):
+            raise ConfigError("dump takes --cpu or --gpus-per-worker, not both")
+        named["gpus_per_worker"] = 0.0
+    return build_options(RayOptions, named, where="dump --engine ray")
 
 
 @app.command(

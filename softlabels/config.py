@@ -314,6 +314,35 @@ class DumpOptions(Strict):
     compile: bool = False  # the teacher through torch.compile: a minute or more before the first batch
 
 
+class RayOptions(Strict):
+    """Where Ray's workers are, and what each of them takes; none of it shows in a cache's bytes."""
+
+    # local: a cluster of its own on this machine, on the loopback alone; auto: one that runs on this machine
+    address: str = Field(
+        default="local", pattern=r"^(local|auto|(ray://)?[A-Za-z0-9_.-]+:[0-9]{1,5}|ray://\[.+\]:[0-9]+)$"
+    )
+    workers: int | None = Field(default=None, ge=1)  # None: as many as there is room for
+    gpus_per_worker: float | None = Field(default=None, ge=0)  # 0.5: two share one; None: one, where there are GPUs
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+
+    @field_validator("gpus_per_worker", "cpus_per_worker")
+    @classmethod
+    def _share(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and not value.is_integer():
+            raise ValueError(f"a worker takes a part of one, or whole ones: not {value:g}")
+        return value
+
+    @field_validator("address", mode="wrap")
+    @classmethod
+    def _place(cls, value: Any, check: Any) -> str:
+        try:
+            return str(check(value))
+        except ValueError:
+            raise ValueError(
+                f"'{value}' is no address of a Ray cluster; write local, auto, ray://HOST:10001 or HOST:6379"
+            ) from None
+
+
 class ImportOptions(Strict):
     """What decides the bytes of a cache of logits that a teacher gave elsewhere, beside these and the corpus."""
 

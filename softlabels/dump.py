@@ -18,6 +18,7 @@ import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C while it imp
 import torch
 
 from softlabels.cache.build import (
+    CacheBuild,
     build_cache,
     check_rows,
     count_all,
@@ -25,29 +26,33 @@ from softlabels.cache.build import (
     plan_manifest,
     teacher_card,
 )
+from softlabels.cache.codec import Overflow
+from softlabels.cache.delivery import FolderPlace, is_url, new_lease
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
 from softlabels.cache.parts import Part
 from softlabels.cache.reader import capture_of
+from softlabels.cache.store import Store, mirror
 from softlabels.cache.vocab import parse_form
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.choose import choose_captures
 from softlabels.captures.factors import sample_factors
 from softlabels.captures.forward import Request
 from softlabels.captures.output_head import OutputHead, keep_head
-from softlabels.config import DumpOptions, Masking
+from softlabels.config import DumpOptions, Masking, RayOptions
 from softlabels.corpus import Corpus
 from softlabels.engines.devices import Outcome, run_on_devices
 from softlabels.engines.local import ShardTask, Steps, run_shards
-from softlabels.errors import ConfigError, TeacherError
+from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.factors import LogitFactors
 from softlabels.pixels import ImageReader, check_sequence
-from softlabels.progress import progress
+from softlabels.progress import Update, progress
 from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
 from softlabels.types import IMAGES, Example, ImageBatch, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
+_SHOWN = 10  # shards that were given up
 _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for factors, and tokens at a time
 
 
@@ -55,7 +60,7 @@ _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for f
 class DumpReport:
     """What a dump did."""
 
-    cache: Path
+    cache: Path | str  # a folder or a URL
     part: str | None  # '3/8': all that follows is of this part
     complete: bool  # the cache; where not, other parts are still to come
     rows: int
@@ -65,7 +70,7 @@ class DumpReport:
     seconds: float
     bytes: int
     batch_tokens: int  # in the end: less than was asked for where memory ran out
-    lost: list[str]  # a line for each process that died on one of several devices; its shards were done by another
+    lost: list[str]  # a line for each process that died on a device or a cluster; its shards were done by another
     clipped: dict[str, int]  # of the fields that had values beyond their type (--overflow clip): how many
 
 
@@ -73,10 +78,11 @@ def dump(
     corpus: Corpus,
     *,
     teacher: str,
-    out: Path,
+    out: Path | str,
     options: DumpOptions | None = None,
     device: str | None = None,
     devices: Sequence[str] | None = None,
+    ray: RayOptions | None = None,
     trust_remote_code: bool = False,
     part: Part | None = None,
 ) -> DumpReport:
@@ -88,16 +94,22 @@ def dump(
 
     With a `part` only its shards are dumped, of the same corpus. Other parts may be dumped at the same time into the
     same `out`, or into others, which `combine --rows` puts together; either way the bytes are those of one dump.
+
+    With `ray` the shards are done by the workers of a Ray cluster, and `out` may be a URL that fsspec knows (s3://…),
+    to which they bring them. A shard that none of them can do is left out: CacheError names it, the others are kept.
     """
     started = time.monotonic()
     options = options or DumpOptions()
-    out = Path(out)
+    if ray is None and is_url(out):
+        raise ConfigError(f"--out {out}: only the workers of a Ray cluster write to a URL: add --engine ray")
+    if ray is not None and part is not None:
+        raise ConfigError("a Ray cluster shares the shards out itself: give --part to machines without --engine ray")
     requests = parse_captures(options.capture)
     check_rows(corpus)
     if devices is not None and len(devices) == 1:
         device, devices = devices[0], None
     loaded = load_teacher(
-        teacher, device="cpu" if devices else device, trust_remote_code=trust_remote_code, task=options.task
+        teacher, device="cpu" if devices or ray else device, trust_remote_code=trust_remote_code, task=options.task
     )
     requests = choose_captures(requests, loaded.task)
     if loaded.task == IMAGES and options.max_length is not None:
@@ -118,9 +130,19 @@ def dump(
         )
         head = _head(loaded, run, way.probe)
         factors = _factors(corpus, loaded, run, options, max_length=way.max_length)
-        with build_cache(
-            out, manifest, tokenizer=loaded.reader, config=loaded.model.config, head=head, factors=factors, part=part
-        ) as build:
+        with (
+            _open_out(out) as (folder, store),
+            build_cache(
+                folder,
+                manifest,
+                tokenizer=loaded.reader,
+                config=loaded.model.config,
+                head=head,
+                factors=factors,
+                part=part,
+            ) as begun,
+        ):
+            build = replace(begun, elsewhere=store is not None)
             total = sum(len(_rows_of(corpus, options, shard)) for shard in build.own_shards())
             missing = {shard: absent for shard in build.own_shards() if (absent := build.missing(shard))}
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
@@ -130,16 +152,22 @@ def dump(
             done = total - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(total, description="dump" if part is None else f"dump {part}", done=done) as update:
                 tasks = _tasks(corpus, labels, options, missing)
-                if devices and missing:
-                    again = _Again(teacher, trust_remote_code, loaded.weights_hash, run.requests, first, options)
+                again = _Again(_anywhere(teacher), trust_remote_code, loaded.weights_hash, run.requests, first, options)
+                if ray is not None and missing:
+                    outcome = _run_on_ray(
+                        ray, again, build, store, tasks, total=len(missing), overflow=options.overflow, update=update
+                    )
+                elif devices and missing:
                     outcome = run_on_devices(devices, again, build, tasks, overflow=options.overflow, update=update)
                 else:
                     steps = _steps(loaded, run, options, way)
                     outcome = Outcome(run_shards(steps, build, tasks, overflow=options.overflow, update=update), [])
             final = build.finish_part()
             own = build.count_own() if part is not None or final is None else count_all(final)
+            if store is not None:
+                store.finish()
     return DumpReport(
-        cache=out,
+        cache=out if is_url(out) else Path(out),
         part=None if part is None else str(part),
         complete=final is not None,
         rows=total,
@@ -152,6 +180,64 @@ def dump(
         lost=outcome.lost,
         clipped=own.clipped,
     )
+
+
+def _anywhere(teacher: str) -> str:
+    """Its name for processes that start in other folders."""
+    folder = Path(teacher).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else teacher
+
+
+@contextmanager
+def _open_out(out: Path | str) -> Iterator[tuple[Path, Store | None]]:
+    """The folder to build the cache in, and what it stands for where that is a URL."""
+    if not is_url(out):
+        yield Path(out), None
+        return
+    with mirror(str(out)) as store:
+        yield store.folder, store
+
+
+def _run_on_ray(
+    ray: RayOptions,
+    again: _Again,
+    build: CacheBuild,
+    store: Store | None,
+    tasks: Iterator[ShardTask],
+    *,
+    total: int,
+    overflow: Overflow,
+    update: Update,
+) -> Outcome:
+    """CacheError, once the rest is done, where shards had to be given up."""
+    from softlabels.engines.ray_shards import run_on_ray
+
+    here = FolderPlace(build.folder.resolve(), new_lease())
+    (store or here).begin()
+    try:
+        outcome = run_on_ray(
+            ray,
+            again,
+            build,
+            here if store is None else store.place,
+            tasks,
+            total=total,
+            overflow=overflow,
+            update=update,
+            delivered=(lambda receipts, shard: None) if store is None else store.keep,
+        )
+    finally:
+        here.end([EXAMPLES, *build.manifest.fields])
+        build.sweep()  # of the workers, which are gone
+    if outcome.given_up:
+        shown = "".join(f"\n  {line}" for line in outcome.given_up[:_SHOWN])
+        more = len(outcome.given_up) - _SHOWN
+        raise CacheError(
+            f"{len(outcome.given_up)} of {total} shards were given up, the others are kept:{shown}"
+            + (f"\n  and {more} more" if more > 0 else "")
+            + "\nThe same command tries them again"
+        )
+    return Outcome(outcome.batch_tokens, outcome.lost)
 
 
 def _first_to_try(corpus: Corpus) -> Example:

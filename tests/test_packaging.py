@@ -46,7 +46,8 @@ def pins() -> Mapping[NormalizedName, Version]:
 
 
 @pytest.mark.parametrize(
-    "text", [*PROJECT["dependencies"], *EXTRAS["demo"], *EXTRAS["images"], *EXTRAS["augment"], *EXTRAS["dev"]]
+    "text",
+    [*PROJECT["dependencies"], *EXTRAS["demo"], *EXTRAS["images"], *EXTRAS["augment"], *EXTRAS["ray"], *EXTRAS["dev"]],
 )
 def test_each_dependency_is_pinned_within_its_bounds(text):
     requirement = Requirement(text)
@@ -66,6 +67,7 @@ def test_dependencies_are_what_the_code_imports():
     declared = names(PROJECT["dependencies"])
     brought = names(EXTRAS["demo"]) | names(EXTRAS["images"]) | names(EXTRAS["augment"]) | names(EXTRAS["export"])
     brought |= names(EXTRAS["sign"])
+    brought |= names(EXTRAS["ray"])
     providers = packages_distributions()
     used = {
         canonicalize_name(providers.get(module, [module])[0])

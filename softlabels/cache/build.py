@@ -64,6 +64,7 @@ class CacheBuild:
     folder: Path
     manifest: Manifest  # as it will be, without the shard table
     claim: Claim | None = None
+    elsewhere: bool = False  # only receipts are here, of shards that lie behind a URL (softlabels.cache.store)
 
     def shards(self) -> range:
         """The shard numbers of the whole corpus."""
@@ -87,8 +88,8 @@ class CacheBuild:
 
     def _is_whole(self, field: str, shard: int) -> bool:
         receipt = read_receipt(self.folder, field, shard)
-        if receipt is None:
-            return False
+        if receipt is None or self.elsewhere:
+            return receipt is not None
         try:
             return shard_file(self.folder, field, shard).stat().st_size == receipt.bytes
         except FileNotFoundError:
