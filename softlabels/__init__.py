@@ -53,6 +53,7 @@ _PUBLIC = {
     "train_multitask": "softlabels.multitask",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
+    "EvaluateOptions": "softlabels.config",
     "predict": "softlabels.predict",
     "export": "softlabels.export",
     "prune": "softlabels.prune",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions
+    from softlabels.config import EvaluateOptions as EvaluateOptions
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import JointOptions as JointOptions
     from softlabels.config import MultiTaskOptions as MultiTaskOptions

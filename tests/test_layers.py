@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
-    "cli": ["__main__", "cli", "tables"],
+    "cli": ["__main__", "cli", "commands", "tables"],
     "run": ["federated", "run", "compression"],
     "stage": [
         "augment",
@@ -44,6 +44,7 @@ LAYERS = {
         "docstring_kinds",
         "docstrings",
         "engines",
+        "evaluations",  # what is kept of them in a run's folder
         "fine_tuning",
         "foresight",  # of a recipe, before its stages
         "heads",
@@ -64,6 +65,7 @@ LAYERS = {
         "pruning",
         "recipes",
         "runs",
+        "scoring",
         "scratch",
         "stages",  # what a recipe's run remembers of them
         "students",
