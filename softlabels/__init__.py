@@ -56,6 +56,7 @@ _PUBLIC = {
     "EvaluateOptions": "softlabels.config",
     "predict": "softlabels.predict",
     "export": "softlabels.export",
+    "report": "softlabels.report",
     "prune": "softlabels.prune",
     "PruneOptions": "softlabels.config",
 }
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from softlabels.predict import predict as predict
     from softlabels.prune import prune as prune
     from softlabels.recipes import read_recipe as read_recipe
+    from softlabels.report import report as report
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions
     from softlabels.teacher import load_teacher as load_teacher

@@ -22,6 +22,7 @@ import typer
 from typer.exceptions import TyperException
 
 from softlabels.commands import evaluate as evaluate_command
+from softlabels.commands import report as report_command
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -1158,6 +1159,7 @@ def train_multitask_command(
 
 
 app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate)
+app.command("report", epilog=report_command.EXAMPLES)(report_command.report)
 
 
 @app.command(

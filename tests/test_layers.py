@@ -32,6 +32,7 @@ LAYERS = {
         "predict",
         "prune",
         "export",
+        "report",
     ],
     "part": [
         "augmenters",
@@ -88,6 +89,7 @@ MAY_IMPORT = {
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow", "accelerate", "scipy"}
+HEAVY |= {"matplotlib", "jinja2"}
 
 
 def modules() -> list[str]:
