@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import precision_recall_fscore_support
 from transformers import AutoModelForSequenceClassification
 
 from softlabels.cache import Cache, open_cache
-from softlabels.config import DumpOptions
+from softlabels.config import DumpOptions, EvaluateOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.runs import RunRecord, save_run
+from softlabels.evaluations import (
+    KeptEvaluation,
+    KeptRows,
+    TeacherCard,
+    evaluation_name,
+    keep_evaluation,
+    run_fingerprint,
+)
+from softlabels.runs import RunRecord, read_record, save_run
+from softlabels.scoring.calibration import calibrate
+from softlabels.scoring.figures import Evaluation, Latency
+from softlabels.scoring.sides import Sides, calibrate_teacher, fidelity_of, intervals_of
 from softlabels.students.linear import LinearStudent, fit_linear
 from softlabels.teacher import load_teacher
 from softlabels.types import Example
@@ -79,4 +92,64 @@ def by_words(out: Path, logits: Mapping[str, Sequence[float]], of: RunRecord | N
     terms = fitted.vocabularies[0].terms
     weights = np.array([logits[term] for term in terms], dtype=np.float32)
     save_run(out, LinearStudent(fitted.vocabularies, False, weights, np.zeros(len(of.label_names), np.float32)), of)
+    return out
+
+
+def kept_run(
+    out: Path,
+    student: np.ndarray,
+    labels: np.ndarray,
+    *,
+    teacher: np.ndarray | None = None,
+    of: RunRecord | None = None,
+    corpus: str = "test.jsonl",
+    texts: Sequence[str] | None = None,
+    ms: float = 2.0,
+) -> Path:
+    """A run in `out` and its evaluation: what `evaluate` leaves of a student with the logits `student` (N, C)."""
+    of = of or record("linear")
+    by_words(out, {"the": [0.0] * len(of.label_names)}, of)
+    sides = Sides(of.label_names, labels, np.full(len(labels), 7), "words", student, teacher)
+    said = student.argmax(axis=1)
+    columns = precision_recall_fscore_support(labels, said, labels=range(len(of.label_names)), zero_division=0.0)
+    names = ("precision", "recall", "f1-score", "support")
+    of_class = np.stack(columns, axis=1).astype(float).tolist()
+    figures = Evaluation(
+        run=str(out),
+        corpus=corpus,
+        rows=len(labels),
+        accuracy=float((said == labels).mean()),
+        macro_f1=float(np.mean(columns[2])),
+        classes={name: dict(zip(names, row, strict=True)) for name, row in zip(of.label_names, of_class, strict=True)},
+        averages={},
+        fidelity=fidelity_of(sides),
+        parameters=1000,
+        nonzero=1000,
+        bytes=50_000,
+        latency=Latency(ms, None if teacher is None else 20.0, None if teacher is None else 10**6, 50, "a processor"),
+        calibration=calibrate(student, labels),
+        teacher_calibration=calibrate_teacher(sides, EvaluateOptions()),
+        intervals=intervals_of(sides, EvaluateOptions(resamples=50)),
+    )
+    told = hashlib.md5(corpus.encode() + labels.tobytes()).hexdigest()
+    card = KeptEvaluation(
+        run=run_fingerprint(read_record(out)),
+        corpus_hash=told,
+        corpus_rows=len(labels),
+        label_names=of.label_names,
+        length_unit="words",
+        teacher=None if teacher is None else TeacherCard(name="teacher", weights_hash="0" * 32, cache="0" * 24),
+        versions={},
+        rows_hash="0" * 32,
+        figures=figures,
+    )
+    rows = KeptRows(
+        ids=[f"row-{i}" for i in range(len(labels))],
+        texts=None if texts is None else list(texts),
+        labels=labels.astype(np.int32),
+        lengths=sides.lengths.astype(np.int32),
+        student=student.astype(np.float32),
+        teacher=None if teacher is None else teacher.astype(np.float32),
+    )
+    keep_evaluation(out, evaluation_name(corpus, None, told), card, rows)
     return out

@@ -49,11 +49,12 @@ def draw_scatter(
                 axes.plot([x, x], [low, high], color=SERIES[0], lw=1, alpha=0.35, zorder=2)
             on_front = number in front
             face, edge = (SERIES[0], PAPER) if on_front else (PAPER, SERIES[0])
-            (dot,) = axes.plot([x], [y], "o", ms=15, mfc=face, mec=edge, mew=1.2, zorder=3)
+            above = 3 + 0.5 * (1 - number / len(points))  # where they lie on one another, the better one is seen
+            (dot,) = axes.plot([x], [y], "o", ms=15, mfc=face, mec=edge, mew=1.2, zorder=above)
             dot.set_gid(f"tip{number}")
             color = PAPER if on_front else SERIES[0]
             axes.annotate(
-                str(number + 1), (x, y), ha="center", va="center_baseline", fontsize=8.5, color=color, zorder=4
+                str(number + 1), (x, y), ha="center", va="center_baseline", fontsize=8.5, color=color, zorder=above
             )
         if teacher is not None:
             y = 100 * teacher.accuracy
@@ -143,12 +144,17 @@ def draw_training(name: str, histories: Sequence[History], label: str) -> str:
         figure = Figure(figsize=(WIDTH, 3.0))
         axes = figure.subplots()
         for number, history in reversed(list(enumerate(histories))):
-            color = SERIES[number] if number < len(SERIES) else LINE
+            color, alpha = (SERIES[number], 0.9) if number < len(SERIES) else (MUTED, 0.3)
             dash = _DASHES[number] if number < len(SERIES) else "-"
             for line in history.lines:
                 epochs, values = zip(*line, strict=True)
                 mark = MARKS[number % len(MARKS)] if len(line) < 12 else None
-                axes.plot(epochs, values, color=color, ls=dash, lw=1.3, marker=mark, ms=3.5, alpha=0.85)
+                axes.plot(epochs, values, color=color, ls=dash, lw=1.3, marker=mark, ms=3.5, alpha=alpha)
+        values = [value for history in histories for line in history.lines for _, value in line]
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)

@@ -56,7 +56,9 @@ def headline(students: Sequence[Student], held: Sequence[Held]) -> HeadLine:
     ]
     if found.fidelity is not None and found.fidelity.teacher_accuracy is not None:
         gap = 100 * (found.accuracy - found.fidelity.teacher_accuracy)
-        facts.append(f"its teacher: {_percent(found.fidelity.teacher_accuracy)} ({gap:+.1f} points)")
+        facts.append(
+            f"its teacher: {_percent(found.fidelity.teacher_accuracy)} ({gap:+.1f} points)".replace("(-", "(−")
+        )
     speed = f"{show_ms(found.latency.ms)} a text on one CPU thread"
     if found.latency.times_faster is not None:
         speed += f", {show_times(found.latency.times_faster)} the teacher's speed"
