@@ -105,6 +105,7 @@ def kept_run(
     corpus: str = "test.jsonl",
     texts: Sequence[str] | None = None,
     ms: float = 2.0,
+    teacher_ms: float = 20.0,
 ) -> Path:
     """A run in `out` and its evaluation: what `evaluate` leaves of a student with the logits `student` (N, C)."""
     of = of or record("linear")
@@ -126,7 +127,9 @@ def kept_run(
         parameters=1000,
         nonzero=1000,
         bytes=50_000,
-        latency=Latency(ms, None if teacher is None else 20.0, None if teacher is None else 10**6, 50, "a processor"),
+        latency=Latency(
+            ms, None if teacher is None else teacher_ms, None if teacher is None else 10**6, 50, "a processor"
+        ),
         calibration=calibrate(student, labels),
         teacher_calibration=calibrate_teacher(sides, EvaluateOptions()),
         intervals=intervals_of(sides, EvaluateOptions(resamples=50)),

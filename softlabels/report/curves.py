@@ -130,7 +130,8 @@ def _curve(setting: str, label: str, families: dict[str, list[tuple[float, Stude
     if not lines:
         return None
     lines.sort(key=lambda family: (-len(family), -max(student.accuracy for _, student in family)))
-    shown, names = lines[:MOST_LINES], _line_names([family[0][1] for family in lines[:MOST_LINES]])
+    shown = lines[:MOST_LINES]
+    names = _line_names([family[0][1] for family in shown], setting)
     drawn = [Line(name, _points(family)) for name, family in zip(names, shown, strict=True)]
     return Curve(setting, label, drawn, len(lines) - len(shown))
 
@@ -143,11 +144,11 @@ def _points(family: Sequence[tuple[float, Student]]) -> list[Point]:
     return points
 
 
-def _line_names(students: Sequence[Student]) -> list[str]:
+def _line_names(students: Sequence[Student], along: str) -> list[str]:
     """What tells the lines apart, in the settings in which they differ; nothing where there is one line."""
     if len(students) == 1:
         return [""]
-    keys = sorted({key for s in students for key in s.settings})
+    keys = sorted({key for s in students for key in s.settings if key != along and not key.startswith(f"{along}.")})
     differ = [key for key in keys if len({json.dumps(s.settings.get(key)) for s in students}) > 1]
     names = [
         ", ".join(f"{key.removeprefix('losses.')} {s.settings.get(key, '–')}" for key in differ[:3]) for s in students

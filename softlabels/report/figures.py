@@ -38,7 +38,7 @@ def draw_scatter(
     front = pareto_front(points)
     tips = {}
     with page_style():
-        figure = Figure(figsize=(WIDTH, 3.6))
+        figure = Figure(figsize=(WIDTH, 3.4))
         axes = figure.subplots()
         axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color=SERIES[0], lw=1.4, zorder=2)
         for number, (student, (x, y)) in enumerate(zip(students, points, strict=True)):
@@ -167,7 +167,7 @@ def draw_confusion(name: str, counts: np.ndarray, names: Sequence[str], whose: s
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     small = classes <= _MOST_CELLS
     with page_style():
-        side = WIDTH if classes > 6 else WIDTH * 0.82
+        side = WIDTH if classes > 6 else WIDTH * 0.9
         figure = Figure(figsize=(side, side * 0.92))
         axes = figure.subplots()
         axes.grid(False)
@@ -214,7 +214,7 @@ def draw_reliability(name: str, found: Calibration, whose: str) -> str:
     """Accuracy against confidence, bin by bin (Guo et al. 2017, fig. 1); below, how many rows each bin has."""
     filled = [bar for bar in found.diagram if bar.rows and bar.confidence is not None and bar.accuracy is not None]
     with page_style():
-        figure = Figure(figsize=(WIDTH * 0.82, 3.7))
+        figure = Figure(figsize=(WIDTH * 0.9, 3.6))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 100], [0, 100], color=MUTED, lw=1, ls=(0, (3, 2)))
         for bar in filled:

@@ -74,6 +74,7 @@ class Page:
     slices: list[Slice]
     differing: list[DifferingRow]
     has_texts: bool
+    teacher_ms: float | None  # what latencies are told for
     provenance: list[tuple[str, str]]
     settings: list[tuple[str, list[tuple[str, str]], list[str]]]  # student, its settings, its runs
     left_out: list[LeftOut]
@@ -125,6 +126,7 @@ def describe(
             slices=[part for part in best.found.slices if part.by == "length"],
             differing=find_differing(rows, card.label_names, differing),
             has_texts=rows.texts is not None,
+            teacher_ms=best.teacher_ms,
             provenance=_provenance(students),
             settings=[
                 (
@@ -168,6 +170,8 @@ def _teacher(students: Sequence[Student]) -> Row | None:
     found = known[0].found
     assert found.fidelity is not None
     times = [value for s in students for value in s.each(lambda each: each.latency.teacher_ms)]
+    if found.latency.teacher_ms is not None and students[0].teacher_ms is not None:
+        times = [students[0].teacher_ms]
     parameters = found.latency.teacher_parameters
     return Row(
         number="T",
@@ -295,7 +299,7 @@ def _notes(students: Sequence[Student], found: Gathered) -> list[str]:
     machines = sorted({card.figures.latency.machine or "an unnamed one" for card in cards})
     teachers = {card.teacher.weights_hash for card in cards if card.teacher is not None}
     notes = []
-    if len(machines) > 1:
+    if len(machines) > 1 and students[0].teacher_ms is None:
         notes.append(
             f"Latencies were measured on different processors ({', '.join(machines)}): they can't be compared. "
             f"Evaluate all runs on one."

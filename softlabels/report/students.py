@@ -29,6 +29,7 @@ class Student:
     settings: dict[str, Any]  # flat: 'losses.kl' -> 0.7; without the seed
     chosen: Member  # the run of it to ship
     chosen_by: str  # how it was chosen among the seeds; empty where there is but one
+    teacher_ms: float | None = None  # what latencies are told for; see `find_teacher_ms`
 
     @property
     def found(self) -> Evaluation:
@@ -55,7 +56,10 @@ class Student:
 
     @property
     def milliseconds(self) -> float:
-        return mean(self.each(latency_of))
+        """For one text; where the teacher was timed beside every run, on a machine that needs `teacher_ms` for it."""
+        if self.teacher_ms is not None:
+            return mean(self.teacher_ms / times for times in self.each(lambda found: found.latency.times_faster))
+        return mean(self.each(lambda found: found.latency.ms))
 
     @property
     def bytes(self) -> float:
@@ -66,12 +70,21 @@ def accuracy_of(found: Evaluation) -> float:
     return found.accuracy
 
 
-def latency_of(found: Evaluation) -> float:
-    return found.latency.ms
-
-
 def bytes_of(found: Evaluation) -> float:
     return float(found.bytes)
+
+
+def find_teacher_ms(members: Sequence[Member]) -> float | None:
+    """The least that the teacher took for a text in any evaluation; None where it was not timed in each, as the same.
+
+    Runs are evaluated at different hours on machines that do other things too: the same student may take three times as
+    long. Its teacher, timed in turns with it, then does as well, so that the ratio holds; latencies are told by it.
+    """
+    cards = [member.kept.card for member in members]
+    hashes = {None if card.teacher is None else card.teacher.weights_hash for card in cards}
+    times = [card.figures.latency.teacher_ms for card in cards if card.figures.latency.times_faster]
+    known = [time for time in times if time]
+    return min(known) if len(hashes) == 1 and len(known) == len(cards) else None
 
 
 def group_students(members: Sequence[Member]) -> list[Student]:
@@ -86,12 +99,12 @@ def group_students(members: Sequence[Member]) -> list[Student]:
         key = json.dumps([*inputs, pruned], sort_keys=True, default=str)
         groups[key].append(member)
         settings[key] = flat
-    names = _names(list(groups.values()))
+    names, teacher_ms = _names(list(groups.values())), find_teacher_ms(members)
     students = []
     for (key, group), name in zip(groups.items(), names, strict=True):
         group.sort(key=lambda member: (member.record.seed, str(member.path)))
         chosen, how = _choose(group)
-        students.append(Student(name, group, settings[key], chosen, how))
+        students.append(Student(name, group, settings[key], chosen, how, teacher_ms))
     return sorted(students, key=lambda student: (-student.accuracy, student.milliseconds, student.name))
 
 

@@ -20,7 +20,7 @@ INK, MUTED, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"  # text, le
 SERIES = [f"#01020{number}" for number in range(8)]  # colours of data; told apart by colour-blind people too
 _PAGE = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--card)"}
 _PAGE |= {color: f"var(--s{number})" for number, color in enumerate(SERIES)}
-WIDTH = 4.7  # inches of a figure: as wide as a phone, so that its text is as large there as the page's
+WIDTH = 4.2  # inches of a figure: as wide as a phone, so that its text is as large there as the page's
 _SVG = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 

@@ -59,7 +59,7 @@ def headline(students: Sequence[Student], held: Sequence[Held]) -> HeadLine:
         facts.append(
             f"its teacher: {_percent(found.fidelity.teacher_accuracy)} ({gap:+.1f} points)".replace("(-", "(−")
         )
-    speed = f"{show_ms(found.latency.ms)} a text on one CPU thread"
+    speed = f"{show_ms(best.milliseconds)} a text on one CPU thread"
     if found.latency.times_faster is not None:
         speed += f", {show_times(found.latency.times_faster)} the teacher's speed"
     facts += [speed, f"{show_bytes(found.bytes)}, {found.parameters:,} parameters"]

@@ -77,6 +77,16 @@ def test_seeds_are_one_student_and_validation_chooses_among_them(tmp_path: Path)
     assert held.p == held.test.p < 0.05 and not held.as_good
 
 
+def test_latencies_are_told_by_the_teacher_timed_beside_them(tmp_path: Path) -> None:
+    """A busy hour slows both sides; without the teacher there is only what was measured."""
+    make(tmp_path, "quiet", 3.0, ms=2.0, teacher_ms=20.0)
+    make(tmp_path, "busy", 2.0, ms=6.0, teacher_ms=60.0, options={"lr": 1})
+    make(tmp_path, "slow", 1.0, ms=8.0, teacher_ms=40.0, options={"lr": 2})
+    assert {s.name: s.milliseconds for s in members_of(tmp_path)} == pytest.approx({"quiet": 2, "busy": 2, "slow": 4})
+    make(tmp_path, "alone", 0.5, ms=9.0, teacher=None, options={"lr": 3})
+    assert {s.name: s.milliseconds for s in members_of(tmp_path)} == {"quiet": 2, "busy": 6, "slow": 8, "alone": 9}
+
+
 def test_holms_method(tmp_path: Path) -> None:
     """Against the step-down written out: p sorted, times how many are left, never falling."""
     for number, skill in enumerate([3.0, 2.4, 2.0, 1.2, 0.3]):
