@@ -150,8 +150,8 @@ def draw_training(name: str, histories: Sequence[History], label: str) -> str:
                 epochs, values = zip(*line, strict=True)
                 mark = MARKS[number % len(MARKS)] if len(line) < 12 else None
                 axes.plot(epochs, values, color=color, ls=dash, lw=1.3, marker=mark, ms=3.5, alpha=alpha)
-        values = [value for history in histories for line in history.lines for _, value in line]
-        if min(values) > 0 and max(values) > 30 * min(values):
+        seen = [value for history in histories for line in history.lines for _, value in line]
+        if min(seen) > 0 and max(seen) > 30 * min(seen):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -212,12 +212,13 @@ def _write_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
 
 def draw_reliability(name: str, found: Calibration, whose: str) -> str:
     """Accuracy against confidence, bin by bin (Guo et al. 2017, fig. 1); below, how many rows each bin has."""
-    filled = [bar for bar in found.diagram if bar.rows and bar.confidence is not None and bar.accuracy is not None]
+    filled = [bar for bar in found.diagram if bar.rows]
     with page_style():
         figure = Figure(figsize=(WIDTH * 0.9, 3.6))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 100], [0, 100], color=MUTED, lw=1, ls=(0, (3, 2)))
         for bar in filled:
+            assert bar.accuracy is not None and bar.confidence is not None  # it has rows
             left, width = 100 * bar.lower, 100 * (bar.upper - bar.lower)
             axes.bar(left, 100 * bar.accuracy, width, align="edge", color=SERIES[0], alpha=0.35, ec=SERIES[0], lw=0.8)
             axes.plot([100 * bar.confidence] * 2, [100 * bar.accuracy, 100 * bar.confidence], color=SERIES[1], lw=2)

@@ -262,11 +262,11 @@ def _legend(students: Sequence[Student]) -> list[Legend]:
 def _confusions(students: Sequence[Student], draw: _Drawer) -> tuple[list[Drawing], list[Drawing]]:
     """Of the teacher and the student to ship, side by side; and of the next ones."""
     rows, names = students[0].chosen.kept.rows, students[0].chosen.kept.card.label_names
-    first = []
+    first: list[Drawing] = []
     if rows.teacher is not None:
         counts = count_confusions(rows, rows.teacher)
         first.append(draw("Teacher", draw_confusion, "confusionT", counts, names, "the teacher"))
-    others = []
+    others: list[Drawing] = []
     for number, student in enumerate(students[:_MOST_CONFUSIONS]):
         kept = student.chosen.kept.rows
         counts = count_confusions(kept, kept.student)

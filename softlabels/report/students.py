@@ -112,12 +112,12 @@ def _choose(group: Sequence[Member]) -> tuple[Member, str]:
     """The run that did best in validation, which the test rows have no part in; or else the middle one."""
     if len(group) == 1:
         return group[0], ""
-    accuracies = [member.record.validation.get("accuracy") for member in group]
-    losses = [member.record.validation.get("loss") for member in group]
-    if None not in accuracies:
-        return max(zip(accuracies, group, strict=True), key=lambda pair: pair[0])[1], "the best in validation"
-    if None not in losses:
-        return min(zip(losses, group, strict=True), key=lambda pair: pair[0])[1], "the best in validation"
+    for key, sign in (("accuracy", 1), ("loss", -1)):
+        scores = [member.record.validation[key] for member in group if key in member.record.validation]
+        if len(scores) == len(group):
+            return group[
+                max(range(len(group)), key=[sign * score for score in scores].__getitem__)
+            ], "the best in validation"
     ordered = sorted(group, key=lambda member: member.kept.card.figures.accuracy)
     return ordered[(len(group) - 1) // 2], "the middle one by accuracy"
 

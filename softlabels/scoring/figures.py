@@ -28,6 +28,10 @@ class Bin:
     confidence: Share | None  # their mean probability
     accuracy: Share | None
 
+    def __post_init__(self) -> None:
+        if (self.rows > 0) != (self.confidence is not None and self.accuracy is not None):
+            raise ValueError("a bin has a confidence and an accuracy where it has rows")
+
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
 class Calibration:
