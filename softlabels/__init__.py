@@ -53,8 +53,10 @@ _PUBLIC = {
     "train_multitask": "softlabels.multitask",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
+    "EvaluateOptions": "softlabels.config",
     "predict": "softlabels.predict",
     "export": "softlabels.export",
+    "report": "softlabels.report",
     "prune": "softlabels.prune",
     "PruneOptions": "softlabels.config",
 }
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions
+    from softlabels.config import EvaluateOptions as EvaluateOptions
     from softlabels.config import ImportOptions as ImportOptions
     from softlabels.config import JointOptions as JointOptions
     from softlabels.config import MultiTaskOptions as MultiTaskOptions
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from softlabels.predict import predict as predict
     from softlabels.prune import prune as prune
     from softlabels.recipes import read_recipe as read_recipe
+    from softlabels.report import report as report
     from softlabels.runs import load_run as load_run
     from softlabels.teacher import TeacherOptions as TeacherOptions
     from softlabels.teacher import load_teacher as load_teacher

@@ -22,10 +22,11 @@ import typer
 from typer.exceptions import TyperException
 
 from softlabels.commands import card, sign
+from softlabels.commands import evaluate as evaluate_command
+from softlabels.commands import report as report_command
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
-    evaluation_table,
     federation_table,
     fidelity_table,
     lay_out,
@@ -1257,65 +1258,8 @@ def train_multitask_command(
     _finish_all(train_multitask(caches, out=out, options=options, resume=resume, cpu=cpu), as_json)
 
 
-@app.command("evaluate", epilog="Example:  softlabels evaluate runs/bilstm test.csv --cache cache-test")
-def evaluate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
-    corpus: CorpusArgument,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="a cache of this corpus: adds agreement with the teacher, its accuracy, its latency"),
-    ] = None,
-    others: Annotated[
-        list[Path] | None,
-        typer.Option("--with", metavar="RUN", help="average its probabilities with those of RUN; may be repeated"),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="which split(s) of the corpus, joined by +; a folder's default is train"),
-    ] = None,
-    text: Text = None,
-    label: Label = None,
-    rows: Rows = None,
-    as_json: Json = False,
-) -> None:
-    """Quality per class, or perplexity; fidelity; size; latency."""
-    from softlabels.cache import open_cache
-    from softlabels.corpus import read_corpus
-    from softlabels.runs import read_record
-    from softlabels.types import LANGUAGE_MODELS
-
-    task = read_record(run).task
-    data = read_corpus(corpus, split=split, text=text, label=label, rows=rows, task=task)
-    if task in LANGUAGE_MODELS:
-        if others:
-            raise ConfigError(f"--with averages the classes of runs, and {run} is a {task}: leave it out")
-        _evaluate_language_model(run, data, cache, as_json=as_json)
-        return
-    from softlabels.evaluate import evaluate
-
-    found = evaluate(run, data, cache=None if cache is None else open_cache(cache), others=others or ())
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        typer.echo(evaluation_table(found))
-
-
-def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, as_json: bool) -> None:
-    from softlabels.cache import open_cache
-    from softlabels.perplexity import evaluate_language_model
-
-    found = evaluate_language_model(run, corpus, cache=None if cache is None else open_cache(cache))
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    facts: dict[str, Any] = {"rows": found.rows, "tokens predicted": found.targets, "perplexity": found.perplexity}
-    if found.fidelity is not None:
-        facts |= {
-            "KL to the teacher": found.fidelity.kl,
-            "agreement with the teacher": found.fidelity.agreement,
-            "teacher's perplexity": found.fidelity.teacher_perplexity,
-        }
-    typer.echo(show_facts(facts | {"parameters": f"{found.parameters:,}", "bytes": found.bytes}))
+app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate)
+app.command("report", epilog=report_command.EXAMPLES)(report_command.report)
 
 
 @app.command(

@@ -600,6 +600,17 @@ class PruneOptions(Strict):
         return ", ".join(parts)
 
 
+class EvaluateOptions(Strict):
+    """What an evaluation tells beside a student's quality, and whether it stays in the run's folder."""
+
+    bins: Annotated[int, Field(ge=1, le=1000)] = 15  # of the calibration error, as in Guo et al. 2017
+    resamples: Annotated[int, Field(ge=0, le=1_000_000)] = 1000  # of the bootstrap intervals; 0: none
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    seed: int = 0
+    keep: bool = True
+    texts: bool = True  # the rows' texts are kept with the answers
+
+
 class StudentOptions(Strict):
     """How one student is built and trained."""
 

@@ -1,91 +1,75 @@
 """A run and a labelled corpus come in; quality, fidelity to the teacher, size and latency go out.
 
-The teacher's side comes from a cache of the same corpus. Its latency is measured on a model of its configuration with
-random weights, since the time of a forward pass does not depend on them: the teacher itself is not needed.
+The teacher's side comes from a cache of the same corpus: the teacher itself is not needed. What was found stays in the
+run's folder (see `softlabels.evaluations`), where `report` and tests against other runs read it.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import torch
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from softlabels.averages import Average, average_runs, mean_logits
 from softlabels.cache import Cache
+from softlabels.config import EvaluateOptions, package_versions
 from softlabels.corpus import Corpus, encode_labels
-from softlabels.errors import CacheError, CorpusError
-from softlabels.runs import Run, load_run
-from softlabels.students.exported import OnnxStudent
-from softlabels.tokens import pad_batch, token_hash, tokenize
-from softlabels.types import NO_LABEL, Example
+from softlabels.errors import CacheError, CorpusError, StudentError
+from softlabels.evaluations import (
+    FOLDER,
+    KeptEvaluation,
+    KeptRows,
+    TeacherCard,
+    evaluation_name,
+    is_current,
+    keep_evaluation,
+    kept_names,
+    read_card,
+    read_kept,
+    run_fingerprint,
+)
+from softlabels.runs import Run, load_run, read_record
+from softlabels.scoring.calibration import calibrate
+from softlabels.scoring.figures import Evaluation, PairedTest
+from softlabels.scoring.latency import measure_latency
+from softlabels.scoring.mcnemar import mcnemar
+from softlabels.scoring.sides import (
+    Sides,
+    against_teacher,
+    calibrate_teacher,
+    fidelity_of,
+    intervals_of,
+    macro_f1,
+    slices_of,
+)
+from softlabels.tokens import token_hash, tokenize
+from softlabels.types import NO_LABEL
 
 _FIGURES = ("precision", "recall", "f1-score", "support")
-_LATENCY_TEXTS = 50
-_LARGEST_TIMED = 2_000_000_000  # parameters; building a larger teacher only to time it would fill the memory
 
 
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """How near a student is to its teacher on the rows that corpus and cache share."""
-
-    rows: int
-    agreement: float  # share of rows with the same class
-    kl: float  # mean KL(teacher ‖ student) at T = 1, in nats
-    teacher_accuracy: float | None  # None where no shared row has a label
-    teacher_macro_f1: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Milliseconds for one text alone on one CPU thread, tokenisation included: the median over `texts` texts."""
-
-    ms: float
-    teacher_ms: float | None
-    teacher_parameters: int | None
-    texts: int
-
-    @property
-    def times_faster(self) -> float | None:
-        return None if self.teacher_ms is None else self.teacher_ms / self.ms
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What `evaluate` found. `classes` maps a class to precision, recall, f1-score and support."""
-
-    run: str
-    corpus: str
-    rows: int  # with a label
-    accuracy: float
-    macro_f1: float
-    classes: dict[str, dict[str, float]]
-    averages: dict[str, dict[str, float]]
-    fidelity: Fidelity | None
-    parameters: int
-    nonzero: int  # of the parameters; fewer where the student was pruned
-    bytes: int
-    latency: Latency
-    alone: dict[str, float] = field(default_factory=dict)  # of an average: each run's accuracy by itself
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
-        return asdict(self) | {"times_faster": self.latency.times_faster}
-
-
-def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None, others: Sequence[Path] = ()) -> Evaluation:
+def evaluate(
+    run: Path,
+    corpus: Corpus,
+    *,
+    cache: Cache | None = None,
+    others: Sequence[Path] = (),
+    against: Sequence[Path] = (),
+    options: EvaluateOptions | None = None,
+    say: Callable[[str], None] = warnings.warn,
+) -> Evaluation:
     """Score the student in `run` on the labelled rows of `corpus`; with a `cache` of it, against its teacher too.
 
     With `others`, runs of the same classes, what is scored is the mean of the probabilities of all, and `alone` tells
-    each one's accuracy.
+    each one's accuracy; nothing is kept of it then, since no one run's folder is its place. McNemar's test is against
+    each run of `against`. `say` is told where the run's folder can't be written to.
     """
+    options = options or EvaluateOptions()
     paths = [run, *others]
     members = [load_run(path) for path in paths]
     student = average_runs(members) if others else members[0]
@@ -95,27 +79,42 @@ def evaluate(run: Path, corpus: Corpus, *, cache: Cache | None = None, others: S
         raise CorpusError(f"corpus {corpus.source} has no labelled row to score against: give one with labels")
     each = [member.logits(corpus.examples) for member in members]
     logits = mean_logits(each) if others else each[0]  # (N, C)
-    predicted = logits[rows].argmax(axis=1)
-    averages = _averages(labels[rows], predicted, len(student.label_names))
-    return Evaluation(
+    if not np.isfinite(logits).all():
+        raise StudentError(
+            f"the student in {run} gives numbers that are not finite: its training went wrong; train it again"
+        )
+    lengths, unit = _lengths(members[0], corpus, cache)
+    teacher = None if cache is None else _teacher_logits(student, corpus, cache)
+    sides = Sides(student.label_names, labels, lengths, unit, logits, teacher)
+    right = logits[rows].argmax(axis=1) == labels[rows]
+    averages = _averages(labels[rows], logits[rows].argmax(axis=1), len(sides.names))
+    found = Evaluation(
         run=" + ".join(str(path) for path in paths),
         corpus=corpus.source if corpus.split is None else f"{corpus.source}:{corpus.split}",
         rows=len(rows),
-        accuracy=float(accuracy_score(labels[rows], predicted)),
+        accuracy=float(right.mean()),
         macro_f1=averages["macro avg"]["f1-score"],
-        classes=_class_scores(labels[rows], predicted, student.label_names),
+        classes=_class_scores(labels[rows], logits[rows].argmax(axis=1), sides.names),
         averages=averages,
-        fidelity=None if cache is None else _fidelity(student, corpus, logits, cache, labels),
+        fidelity=fidelity_of(sides),
         parameters=student.parameters,
         nonzero=student.nonzero,
         bytes=student.size_on_disk,
-        latency=_latency(student, [corpus.examples[row] for row in rows], cache),
+        latency=measure_latency(student, [corpus.examples[row] for row in rows], cache),
         alone={
             str(path): float(accuracy_score(labels[rows], own[rows].argmax(axis=1)))
             for path, own in zip(paths, each, strict=True)
             if others
         },
+        calibration=calibrate(logits[rows], labels[rows], bins=options.bins),
+        teacher_calibration=calibrate_teacher(sides, options),
+        intervals=intervals_of(sides, options),
+        tests=[*against_teacher(sides), *(_against_run(sides, path, corpus) for path in against)],
+        slices=slices_of(sides),
     )
+    if not options.keep or others:
+        return found
+    return _keep(run, members[0], corpus, cache, found, sides, texts=options.texts, say=say)
 
 
 def _class_scores(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -137,7 +136,11 @@ def _averages(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[s
     return found
 
 
-def _fidelity(student: Run | Average, corpus: Corpus, logits: np.ndarray, cache: Cache, labels: np.ndarray) -> Fidelity:
+# --------------------------------------------------------------------------------------------------------- fidelity
+
+
+def _teacher_logits(student: Run | Average, corpus: Corpus, cache: Cache) -> np.ndarray:
+    """(N, C) float32: what the teacher says of the corpus's rows; NaN of those that the cache does not have."""
     cache.require(["logits"], why="fidelity")
     if cache.label_names != student.label_names:
         raise CacheError(
@@ -145,18 +148,9 @@ def _fidelity(student: Run | Average, corpus: Corpus, logits: np.ndarray, cache:
             f"give a cache of the student's own teacher"
         )
     shared, theirs = _join(corpus, cache)
-    teacher = torch.from_numpy(cache.column("logits")[theirs]).double().log_softmax(-1)  # (N, C)
-    own = torch.from_numpy(logits[shared]).double().log_softmax(-1)
-    says = teacher.argmax(-1).numpy()
-    labelled = labels[shared] != NO_LABEL
-    truth = labels[shared][labelled]
-    return Fidelity(
-        rows=len(shared),
-        agreement=float((own.argmax(-1) == teacher.argmax(-1)).double().mean()),
-        kl=float((teacher.exp() * (teacher - own)).sum(-1).mean()),
-        teacher_accuracy=float(accuracy_score(truth, says[labelled])) if len(truth) else None,
-        teacher_macro_f1=_macro_f1(truth, says[labelled], student.label_names) if len(truth) else None,
-    )
+    logits = np.full((len(corpus.examples), len(student.label_names)), np.nan, dtype=np.float32)
+    logits[shared] = cache.column("logits")[theirs]
+    return logits
 
 
 def score_teacher(cache: Cache) -> dict[str, float] | None:
@@ -165,11 +159,7 @@ def score_teacher(cache: Cache) -> dict[str, float] | None:
     if not rows.any():
         return None
     truth, said = cache.labels[rows], cache.column("logits")[rows].argmax(axis=1)
-    return {"accuracy": float(accuracy_score(truth, said)), "macro_f1": _macro_f1(truth, said, cache.label_names)}
-
-
-def _macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
-    return float(f1_score(truth, predicted, labels=list(range(len(names))), average="macro", zero_division=0.0))
+    return {"accuracy": float(accuracy_score(truth, said)), "macro_f1": macro_f1(truth, said, cache.label_names)}
 
 
 def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
@@ -188,77 +178,80 @@ def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     return np.array([i for i, _ in pairs]), np.array([row for _, row in pairs])
 
 
-# -------------------------------------------------------------------------------------------------------- latency
+# ------------------------------------------------------------------------------------- intervals, tests and slices
 
 
-def _latency(student: Run | Average, examples: Sequence[Example], cache: Cache | None) -> Latency:
-    """Student and teacher take turns on the same texts, so that a busy machine slows both."""
-    step = max(1, len(examples) // _LATENCY_TEXTS)
-    chosen = list(examples[::step][:_LATENCY_TEXTS])
-    teacher = None if cache is None else _teacher_clock(cache)
-    mine: list[float] = []
-    theirs: list[float] = []
-    threads = torch.get_num_threads()
-    warm = len(chosen[:3])  # texts that are only there to warm up
-    if isinstance(student, Average):
-        student = replace(student, members=[_on_one_thread(run) for run in student.members])
-    else:
-        student = _on_one_thread(student)
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
-    try:
-        for example in (*chosen[:warm], *chosen):
-            mine.append(_milliseconds(partial(student.logits, [example])))
-            if teacher is not None:
-                theirs.append(_milliseconds(partial(teacher.answer, example)))
-    finally:
-        torch.set_num_threads(threads)
-    return Latency(
-        ms=statistics.median(mine[warm:]),
-        teacher_ms=statistics.median(theirs[warm:]) if theirs else None,
-        teacher_parameters=None if teacher is None else teacher.parameters,
-        texts=len(chosen),
+def _against_run(sides: Sides, path: Path, corpus: Corpus) -> PairedTest:
+    """The other run's answers are those that it kept of this corpus, or are made now."""
+    record = read_record(path)
+    if record.label_names != sides.names:
+        raise StudentError(
+            f"{path} has the classes {', '.join(record.label_names)}, and not {', '.join(sides.names)}: "
+            f"only runs of the same classes can be tested against each other"
+        )
+    name = evaluation_name(corpus.source, corpus.split, corpus.hash)
+    kept = name in kept_names(path) and is_current(read_card(path, name), record, corpus.hash)
+    logits = read_kept(path, name).rows.student if kept else load_run(path).logits(corpus.examples)
+    rows = sides.labelled
+    own, theirs = (side[rows].argmax(axis=1) == sides.labels[rows] for side in (sides.student, logits))
+    return mcnemar(own, theirs, against=str(path))
+
+
+def _lengths(student: Run, corpus: Corpus, cache: Cache | None) -> tuple[np.ndarray, Literal["tokens", "words"]]:
+    """How long each row is: in tokens of the teacher, or else of the student; in words, if it has no tokenizer."""
+    tokenizer, limit = student.tokenizer, student.record.max_length
+    if cache is not None:
+        tokenizer, limit = cache.tokenizer(), cache.manifest.dump.max_length
+    if tokenizer is None:
+        texts = (f"{example.text} {example.text_b or ''}" for example in corpus.examples)
+        return np.array([len(text.split()) for text in texts], dtype=np.int32), "words"
+    rows = tokenize(tokenizer, corpus.examples, max_length=limit).examples
+    return np.array([len(row.input_ids) for row in rows], dtype=np.int32), "tokens"
+
+
+# ---------------------------------------------------------------------------------------------------------- keeping
+
+
+def _keep(
+    path: Path,
+    run: Run,
+    corpus: Corpus,
+    cache: Cache | None,
+    found: Evaluation,
+    sides: Sides,
+    *,
+    texts: bool,
+    say: Callable[[str], None],
+) -> Evaluation:
+    """`found`, kept in the run's folder; or, where that can't be written to, `say` is told."""
+    name = evaluation_name(corpus.source, corpus.split, corpus.hash)
+    found = replace(found, kept=str(path / FOLDER / f"{name}.json"))
+    teacher = None
+    if cache is not None:
+        said = cache.manifest.teacher
+        teacher = TeacherCard(name=said.name, weights_hash=said.weights_hash, cache=cache.identity())
+    card = KeptEvaluation(
+        run=run_fingerprint(run.record),
+        corpus_hash=corpus.hash,
+        corpus_rows=len(corpus.examples),
+        label_names=sides.names,
+        length_unit=sides.unit,
+        teacher=teacher,
+        versions=package_versions("torch", "transformers", "scikit-learn"),
+        rows_hash="0" * 32,
+        figures=found,
     )
-
-
-def _on_one_thread(run: Run) -> Run:
-    """ONNX Runtime has threads of its own, which torch's setting does not reach."""
-    if not isinstance(run.student, OnnxStudent):
-        return run
-    return replace(run, student=run.student.with_threads(1))
-
-
-def _milliseconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1000
-
-
-@dataclass(frozen=True, slots=True)
-class _TeacherClock:
-    answer: Callable[[Example], Any]
-    parameters: int
-
-
-def _teacher_clock(cache: Cache) -> _TeacherClock | None:
-    """A model of the teacher's shape with random weights; None where it is unknown, too large, or needs code."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    if not cache.teacher_config():
-        return None
+    rows = KeptRows(
+        ids=[example.id for example in corpus.examples],
+        texts=["\n".join(filter(None, (e.text, e.text_b))) for e in corpus.examples] if texts else None,
+        labels=sides.labels.astype(np.int32),
+        lengths=sides.lengths,
+        student=sides.student,
+        teacher=sides.teacher,
+    )
     try:
-        config = AutoConfig.from_pretrained(cache.path / "teacher", local_files_only=True, trust_remote_code=False)
-    except ValueError:  # of an architecture that transformers doesn't have, or only with code from elsewhere
-        return None
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(config).parameters())
-    if size > _LARGEST_TIMED:
-        return None
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    tokenizer, limit = cache.tokenizer(), cache.manifest.dump.max_length
-
-    @torch.no_grad()
-    def answer(example: Example) -> torch.Tensor:
-        tokens = tokenize(tokenizer, [example], max_length=limit).examples
-        return model(**pad_batch(tokens, pad_token_id=cache.manifest.teacher.pad_token_id).model_inputs()).logits
-
-    return _TeacherClock(answer, size)
+        keep_evaluation(path, name, card, rows)
+    except OSError as error:
+        say(f"the evaluation is not kept in {path}: {error.strerror or error}")
+        return replace(found, kept=None)
+    return found

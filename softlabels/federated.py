@@ -28,7 +28,7 @@ from typing import Any
 from softlabels.cache import open_cache
 from softlabels.cache.combine import combine
 from softlabels.cache.files import lock, write_file
-from softlabels.config import BASE, DumpOptions, StudentOptions, TeacherTraining, fingerprint
+from softlabels.config import BASE, DumpOptions, EvaluateOptions, StudentOptions, TeacherTraining, fingerprint
 from softlabels.corpus import Corpus, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import CorpusError
@@ -287,7 +287,7 @@ def _score(shared: _Shared, party: _Party, model: Made, name: str) -> dict[str, 
 
     def work() -> dict[str, Any]:
         if (Path(model.path) / "run.json").exists():
-            found = evaluate(Path(model.path), shared.test)
+            found = evaluate(Path(model.path), shared.test, options=EvaluateOptions(keep=False))
             return {"accuracy": found.accuracy, "macro_f1": found.macro_f1}
         return _figures(_dump(shared, model, shared.test, f"tests-{Path(model.path).name}", under=party.folder))
 

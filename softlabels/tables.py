@@ -158,30 +158,69 @@ def lay_out(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(found) -> str:
-    head = ["class", "precision", "recall", "f1", "support"]
-    rows = [
-        [
-            name,
-            *(f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")),
-            f"{scores['support']:.0f}",
-        ]
-        for name, scores in (*found.classes.items(), *found.averages.items())
-    ]
-    facts: dict[str, Any] = {"rows": found.rows, "accuracy": found.accuracy, "macro_f1": found.macro_f1}
+    of_label = {part.name: part for part in found.slices if part.by == "label"}
+    taught = any(part.agreement is not None for part in of_label.values())
+    head = ["class", "precision", "recall", "f1", "support", *(["agreement"] if taught else [])]
+    rows = []
+    for name, scores in (*found.classes.items(), *found.averages.items()):
+        figures = [f"{scores[key]:.3f}" for key in ("precision", "recall", "f1-score")]
+        agreement = of_label[name].agreement if name in found.classes and name in of_label else None
+        rows.append([name, *figures, f"{scores['support']:.0f}", *([_share(agreement)] if taught else [])])
+    parts = [lay_out(head, rows), _length_table(found.slices), show_facts(_evaluation_facts(found))]
+    return "\n\n".join(part for part in (*parts, *map(_test_line, found.tests)) if part)
+
+
+def _evaluation_facts(found) -> dict[str, Any]:
+    def within(name: str, value: float) -> str:
+        about = found.intervals.get(name)
+        return f"{value:.4f}" + (f"  [{about.low:.4f}, {about.high:.4f}]" if about else "")
+
+    facts: dict[str, Any] = {"rows": found.rows, "accuracy": within("accuracy", found.accuracy)}
+    facts["macro_f1"] = within("macro_f1", found.macro_f1)
+    if found.calibration is not None:
+        facts["calibration error (ECE)"] = within("ece", found.calibration.ece)
     facts |= {"accuracy alone": found.alone} if found.alone else {}
     if found.fidelity is not None:
         facts |= {
-            "agreement with the teacher": found.fidelity.agreement,
+            "agreement with the teacher": within("agreement", found.fidelity.agreement),
             "KL to the teacher": found.fidelity.kl,
         }
         facts |= {"teacher's accuracy": found.fidelity.teacher_accuracy}
+    if found.teacher_calibration is not None:
+        facts |= {"teacher's ECE": found.teacher_calibration.ece}
     facts |= {"parameters": f"{found.parameters:,}"}
     if found.nonzero < found.parameters:
         facts |= {"not zero": f"{found.nonzero:,}"}
     facts |= {"bytes": found.bytes, "ms a text": found.latency.ms}
     if found.latency.times_faster is not None:
         facts |= {"times faster than the teacher": found.latency.times_faster}
-    return f"{lay_out(head, rows)}\n\n{show_facts(facts)}"
+    if found.intervals:
+        drawn = next(iter(found.intervals.values()))
+        facts["in brackets"] = f"{100 * drawn.level:g} % intervals, from {drawn.resamples:,} resamples of the rows"
+    return facts | {"kept as": found.kept}
+
+
+def _length_table(slices: Sequence[Any]) -> str:
+    rows = [
+        [part.name, f"{part.rows:,}", *map(_share, (part.accuracy, part.f1, part.agreement, part.teacher_accuracy))]
+        for part in slices
+        if part.by == "length"
+    ]
+    return lay_out(["length", "rows", "accuracy", "macro-F1", "agreement", "teacher"], rows) if rows else ""
+
+
+def _test_line(test) -> str:
+    """McNemar's test in a sentence."""
+    verdict = "no more than chance" if test.p >= 0.05 else "better" if test.difference > 0 else "worse"
+    p = "p < 0.0001" if test.p < 0.0001 else f"p = {test.p:.4f}"
+    return (
+        f"against {test.against}: {100 * test.difference:+.2f} points of accuracy on {test.rows:,} rows, {verdict} "
+        f"({p}, McNemar's exact test: right alone in {test.only_this:,}, the other alone in {test.only_other:,})"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def federation_table(result) -> str:

@@ -23,8 +23,10 @@ code = {str(path.relative_to(root)) for path in (root / "softlabels").rglob("*.p
 recipes = {f"softlabels/{path.relative_to(root)}" for path in (root / "pipeline").rglob("*") if path.is_file()}
 assert recipes, "pipeline/ is empty"
 assert code | recipes <= held, f"not in the wheel: {sorted((code | recipes) - held)}"
-foreign = {name for name in held - code - recipes if not name.endswith("py.typed")}
-assert not foreign, f"in the wheel, but neither code nor a recipe: {sorted(foreign)}"
+page = {f"softlabels/report/page.{part}" for part in ("html.j2", "css", "js")}
+assert page <= held, f"not in the wheel: {sorted(page - held)}"
+foreign = {name for name in held - code - recipes - page if not name.endswith("py.typed")}
+assert not foreign, f"in the wheel, but neither code, a recipe nor the page of report: {sorted(foreign)}"
 print(f"{len(code)} modules, {len(recipes)} files of pipeline/")
 PYTHON
 

@@ -10,61 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.metrics import classification_report
-from transformers import AutoModelForSequenceClassification
 
 from softlabels.cache import Cache, open_cache
-from softlabels.config import DumpOptions
-from softlabels.corpus import Corpus
+from softlabels.config import DumpOptions, EvaluateOptions
 from softlabels.dump import dump
-from softlabels.errors import CacheError, CorpusError
+from softlabels.errors import CacheError, CorpusError, StudentError
 from softlabels.evaluate import evaluate
+from softlabels.evaluations import read_card
 from softlabels.predict import predict
-from softlabels.runs import RunRecord, load_run, save_run
-from softlabels.students.linear import LinearStudent, fit_linear
-from softlabels.teacher import load_teacher
+from softlabels.runs import load_run
 from softlabels.types import Example
 from tests.models import LABEL_NAMES, TEXTS, save_teacher
-
-ROWS = [Example(f"row-{i}", text, None, name if i % 4 else None) for i, (text, name) in enumerate(TEXTS)]
-
-
-def corpus_of(examples: list[Example], label_names: list[str] | None = None) -> Corpus:
-    return Corpus("made", None, examples, label_names or LABEL_NAMES)
-
-
-def record(student: str, *, label_names: list[str] | None = None) -> RunRecord:
-    return RunRecord(
-        student=student,
-        options={},
-        label_names=label_names or LABEL_NAMES,
-        max_length=64,
-        losses={"kl": 1.0},
-        temperature="1",
-        seed=0,
-        epochs_run=1,
-        best_epoch=1,
-        train_seconds=1.0,
-        train_rows=len(TEXTS),
-        labelled_rows=0,
-        validation={},
-        cache={},
-        versions={},
-    )
+from tests.runs import ROWS, by_words, corpus_of, make_taught, record
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, its cache of ROWS, and `twin`: a run whose student is that very teacher."""
     folder = tmp_path_factory.mktemp("evaluate")
-    teacher = save_teacher(folder / "teacher")
-    wide = {name: value * 4 for name, value in load_file(teacher / "model.safetensors").items()}
-    save_file(wide, teacher / "model.safetensors", metadata={"format": "pt"})  # else it says the same of every text
-    dump(corpus_of(ROWS), teacher=str(teacher), out=folder / "cache", options=DumpOptions(shard_rows=16))
-    tokenizer = load_teacher(str(teacher)).tokenizer
-    student = AutoModelForSequenceClassification.from_pretrained(teacher)
-    save_run(folder / "twin", student, record("transformer"), tokenizer=tokenizer)
+    make_taught(folder)
     return folder
 
 
@@ -78,19 +44,7 @@ def by_word(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, lis
     """A run that gives a text the logits of the one word in it that it knows: predictions made by hand."""
 
     def make(logits: dict[str, list[float]], label_names: list[str]) -> Path:
-        words = sorted(logits)
-        fitted = fit_linear(
-            words,
-            num_labels=len(label_names),
-            logits=np.zeros((len(words), len(label_names))),
-            options={"min_df": 1, "char_ngrams": 0, "word_ngrams": 1},
-        )
-        terms = fitted.vocabularies[0].terms
-        weights = np.array([logits[term] for term in terms], dtype=np.float32)
-        student = LinearStudent(fitted.vocabularies, False, weights, np.zeros(len(label_names), np.float32))
-        out = tmp_path_factory.mktemp("by-word") / "run"
-        save_run(out, student, record("linear", label_names=label_names))
-        return out
+        return by_words(tmp_path_factory.mktemp("by-word") / "run", logits, record("linear", label_names=label_names))
 
     return make
 
@@ -150,7 +104,7 @@ def test_a_student_that_is_its_teacher(place: Path, cache: Cache) -> None:
     assert found.parameters == sum(
         value.numel() for value in load_file(place / "teacher" / "model.safetensors").values()
     )
-    files = set((place / "twin").iterdir()) - {place / "twin" / "run.json"}
+    files = set((place / "twin").iterdir()) - {place / "twin" / "run.json", place / "twin" / "evaluations"}
     assert found.bytes == sum(file.stat().st_size for file in files)
 
 
@@ -178,6 +132,48 @@ def test_corpus_and_cache_may_overlap_in_part(place: Path, cache: Cache) -> None
         evaluate(place / "twin", corpus_of(others + edited), cache=cache)
     alone = evaluate(place / "twin", corpus_of([*ROWS[:1], *others]), cache=cache).fidelity
     assert alone is not None and (alone.rows, alone.teacher_accuracy, alone.teacher_macro_f1) == (1, None, None)
+
+
+def test_intervals_tests_and_slices_come_with_it(place: Path, cache: Cache, by_word) -> None:
+    """Against references: the figures themselves lie in their intervals, and a student is as good as itself."""
+    run = by_word({"the": [2.0, -1.0, 0.5], "rain": [-3.0, 0.0, 4.0], "goal": [0.0, 1.0, 0.0]}, LABEL_NAMES)
+    options = EvaluateOptions(resamples=100, level=0.9, bins=5)
+    found = evaluate(run, corpus_of(ROWS), cache=cache, against=[place / "twin", run], options=options)
+    assert found.fidelity is not None and found.calibration is not None and found.teacher_calibration is not None
+    figures = {"accuracy": found.accuracy, "macro_f1": found.macro_f1, "agreement": found.fidelity.agreement}
+    for name, value in figures.items():
+        assert found.intervals[name].low <= value <= found.intervals[name].high, name
+    assert set(found.intervals) == {*figures, "ece"} and found.intervals["ece"].level == 0.9
+    assert (found.calibration.bins, len(found.calibration.diagram)) == (5, 5)
+    assert [part.rows for part in found.slices if part.by == "label"] == [
+        int(found.classes[name]["support"]) for name in LABEL_NAMES
+    ]
+    assert sum(part.rows for part in found.slices if part.by == "length") == found.rows
+    teacher, twin, itself = found.tests
+    assert teacher.against == "teacher" and twin.against == str(place / "twin")
+    assert (teacher.p, teacher.only_this, teacher.only_other) == (
+        twin.p,
+        twin.only_this,
+        twin.only_other,
+    )  # it's its twin
+    assert teacher.difference == pytest.approx(found.accuracy - (found.fidelity.teacher_accuracy or 0))
+    assert (itself.p, itself.only_this, itself.only_other) == (1.0, 0, 0)
+
+
+def test_another_run_is_asked_anew_where_what_it_kept_is_of_no_use(place: Path, by_word) -> None:
+    run = by_word({"the": [2.0, -1.0, 0.5], "rain": [-3.0, 0.0, 4.0]}, LABEL_NAMES)
+    other = by_word({"the": [0.0, 1.0, 0.0], "goal": [0.0, 1.0, 0.0]}, LABEL_NAMES)
+    options = EvaluateOptions(resamples=0)
+    fresh = evaluate(run, corpus_of(ROWS), against=[other], options=options).tests
+    kept = evaluate(other, corpus_of(ROWS), options=options).kept
+    assert kept is not None and evaluate(run, corpus_of(ROWS), against=[other], options=options).tests == fresh
+    stale = Path(kept).read_text().replace(read_card(other, Path(kept).stem).run, "of other weights")
+    Path(kept).write_text(stale)
+    Path(kept).with_suffix(".arrow").unlink()
+    assert evaluate(run, corpus_of(ROWS), against=[other], options=options).tests == fresh
+    strange = by_word({"the": [1.0, 0.0]}, ["yes", "no"])
+    with pytest.raises(StudentError, match="has the classes yes, no, and not food, sport, weather"):
+        evaluate(run, corpus_of(ROWS), against=[strange], options=options)
 
 
 def test_rows_are_joined_by_id_whatever_their_order(place: Path, cache: Cache) -> None:

@@ -32,6 +32,7 @@ LAYERS = {
         "predict",
         "prune",
         "export",
+        "report",
     ],
     "part": [
         "augmenters",
@@ -44,6 +45,7 @@ LAYERS = {
         "docstring_kinds",
         "docstrings",
         "engines",
+        "evaluations",  # what is kept of them in a run's folder
         "fine_tuning",
         "foresight",  # of a recipe, before its stages
         "heads",
@@ -65,6 +67,7 @@ LAYERS = {
         "pruning",
         "recipes",
         "runs",
+        "scoring",
         "scratch",
         "stages",  # what a recipe's run remembers of them
         "students",
@@ -87,6 +90,7 @@ MAY_IMPORT = {
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "pandas", "pyarrow", "accelerate", "scipy"}
+HEAVY |= {"matplotlib", "jinja2"}
 
 
 def modules() -> list[str]:

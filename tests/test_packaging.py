@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 EXTRAS = PROJECT["optional-dependencies"]
+FOR_TESTS = ("demo", "images", "augment", "ray", "report", "dev")  # what `make test` installs, and some that it brings
+BROUGHT = ("demo", "images", "augment", "export", "ray", "report", "sign")  # what softlabels/ may import
 PLUGINS = {"tensorboard"}  # needed, but imported by others: torch writes the logs that Accelerate asks for
 
 
@@ -47,7 +49,10 @@ def pins() -> Mapping[NormalizedName, Version]:
 
 @pytest.mark.parametrize(
     "text",
-    [*PROJECT["dependencies"], *EXTRAS["demo"], *EXTRAS["images"], *EXTRAS["augment"], *EXTRAS["ray"], *EXTRAS["dev"]],
+    [
+        *PROJECT["dependencies"],
+        *(text for name in FOR_TESTS for text in EXTRAS[name]),
+    ],
 )
 def test_each_dependency_is_pinned_within_its_bounds(text):
     requirement = Requirement(text)
@@ -65,9 +70,7 @@ def test_pins_fit_any_machine():
 def test_dependencies_are_what_the_code_imports():
     """Each third-party import of softlabels/ is declared, and nothing is declared in vain."""
     declared = names(PROJECT["dependencies"])
-    brought = names(EXTRAS["demo"]) | names(EXTRAS["images"]) | names(EXTRAS["augment"]) | names(EXTRAS["export"])
-    brought |= names(EXTRAS["sign"])
-    brought |= names(EXTRAS["ray"])
+    brought = set[str]().union(*(names(EXTRAS[extra]) for extra in BROUGHT))
     providers = packages_distributions()
     used = {
         canonicalize_name(providers.get(module, [module])[0])
