@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from softlabels.commands import sweep
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -1155,6 +1156,9 @@ def train_multitask_command(
 
     caches = {name: open_cache(folder) for name, folder in folders.items()}
     _finish_all(train_multitask(caches, out=out, options=options, resume=resume, cpu=cpu), as_json)
+
+
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 
 
 @app.command("evaluate", epilog="Example:  softlabels evaluate runs/bilstm test.csv --cache cache-test")

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
-    "cli": ["__main__", "cli", "tables"],
-    "run": ["federated", "run", "compression"],
+    "cli": ["__main__", "cli", "commands", "tables"],
+    "run": ["federated", "run", "compression", "sweep", "sweeping"],  # a sweep trains and scores
     "stage": [
         "augment",
         "plan",
@@ -53,6 +53,7 @@ LAYERS = {
         "language_teacher",
         "losses",
         "objective",
+        "once",
         "optimizer",
         "parties",
         "perplexity",
@@ -171,6 +172,7 @@ def test_how_imports_are_read(source, package, found):
         "softlabels.recipes",
         "softlabels.cli",
         "softlabels.tables",
+        "softlabels.commands.sweep",
     ],
 )
 def test_light_imports(module):

@@ -1,10 +1,10 @@
 """What became of trials: one small file each as they end, and all of them as one Parquet table.
 
-    sweep.json           the space and all that decides a trial's result: another sweep may not use the folder
-    points.json          what a search that follows its results has asked for, in its order
-    trials/NAME/         the run of a trial, an ordinary run folder
-    outcomes/NAME.json   what became of it: written when the run is whole, or when it failed
-    results.parquet      a row a trial
+sweep.json           the space and all that decides a trial's result: another sweep may not use the folder
+points.json          what a search that follows its results has asked for, in its order
+trials/NAME/         the run of a trial, an ordinary run folder
+outcomes/NAME.json   what became of it: written when the run is whole, or when it failed
+results.parquet      a row a trial
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ def run_in_processes(jobs: int) -> Runner:
     A process that dies is replaced, and its trial tried once more.
     """
 
-    def run(
-        setting: Any, trials: Iterator[Trial], *, tell: Tell, tick: Callable[[], None] = lambda: None
-    ) -> None:
+    def run(setting: Any, trials: Iterator[Trial], *, tell: Tell, tick: Callable[[], None] = lambda: None) -> None:
         pool = _Pool(setting, trials, jobs)
         try:
             pool.work(tell, tick)
@@ -154,9 +152,7 @@ class _Pool:
             self.again.append(trial)
             return
         error = f"its process {how}, {TRIES} times: memory may be too small for it beside {self.jobs - 1} other(s)"
-        tell(
-            trial, Outcome(trial.name, trial.point.name, trial.options.seed, trial.point.changes, "failed", error)
-        )
+        tell(trial, Outcome(trial.name, trial.point.name, trial.options.seed, trial.point.changes, "failed", error))
 
     def close(self) -> None:
         for worker in self.workers:
