@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,10 @@ def sweep(
 
 
 # ------------------------------------------------------------------------------------------------------------ choices
+
+
+def _axis(key: str, values: Sequence[Any] | Range) -> Choice | Range:
+    return replace(values, key=key) if isinstance(values, Range) else Choice(key, tuple(values))
 
 
 def _choose_metric(

@@ -23,7 +23,7 @@ Values = "V,V,..."
 def sweep(
     caches: Annotated[
         list[Path],
-        typer.Argument(metavar="CACHE ...", help="a cache, or several: then what their teachers say together"),
+        typer.Argument(metavar="CACHE ...", help="a cache, or what several say together"),
     ],
     out: Annotated[Path, typer.Option(help="the folder of the sweep; a stopped one goes on")],
     student: Annotated[
@@ -62,9 +62,7 @@ def sweep(
     ] = None,
     optuna: Annotated[
         int | None,
-        typer.Option(
-            "--optuna", min=1, metavar="N", help="let Optuna's TPE choose N points by what came of those before"
-        ),
+        typer.Option("--optuna", min=1, metavar="N", help="let Optuna's TPE choose N points by what came of others"),
     ] = None,
     search_seed: Annotated[int, typer.Option(min=0, help="of --random and --optuna")] = 0,
     eval_corpus: Annotated[
@@ -72,8 +70,8 @@ def sweep(
         typer.Option(
             "--eval",
             metavar="CORPUS",
-            help="labelled rows that choose: of each trial the best epoch, and of the trials the best, by the metric on "
-            "these rows; by default each trial holds a tenth of the cache out",
+            help="labelled rows that choose: of each trial the best epoch, and of the trials the best, by the metric "
+            "on these rows; by default each trial holds a tenth of the cache out",
         ),
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
@@ -85,14 +83,14 @@ def sweep(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="accuracy (by default with --eval) or macro_f1, on the --eval rows; without it also agreement with the "
-            "teacher (then the default) and loss, on the rows held out"
+            help="accuracy (by default with --eval) or macro_f1, on the --eval rows; without it also agreement with "
+            "the teacher (then the default) and loss, on the rows held out"
         ),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="trials at once, each on its share of the cores; by default a core each, on a GPU one"
+            min=1, help="trials at once, each on its share of the cores; by default as many as cores (GPU: 1)"
         ),
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="keep the run folders of the best N trials only")] = None,
@@ -171,8 +169,8 @@ def sweep(
     typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, default=str) if as_json else sweep_table(result))
     if result.failed:
         typer.echo(
-            f"warning: {len(result.failed)} of {len(result.trials)} trials failed; their errors are in {result.results}, "
-            f"column error. The same command tries them again",
+            f"warning: {len(result.failed)} of {len(result.trials)} trials failed; their errors are in "
+            f"{result.results}, column error. The same command tries them again",
             err=True,
         )
 

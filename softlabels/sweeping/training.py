@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from softlabels.errors import SoftlabelsError
 from softlabels.once import computing_once
 from softlabels.progress import quiet
 from softlabels.runs import RECORD, Run, load_run
-from softlabels.students import LINEAR, student_inputs
+from softlabels.students import student_inputs
+from softlabels.students.linear import LinearStudent
 from softlabels.sweeping.outcomes import TRIALS, Outcome
 from softlabels.sweeping.space import Trial
 from softlabels.train import train_student
@@ -37,7 +39,7 @@ class Setting:
 
     out: Path  # of the sweep
     caches: tuple[Path, ...]
-    combining: CombineOptions = CombineOptions()
+    combining: CombineOptions
     validation: Corpus | None = None  # chooses each trial's best epoch, and gives the metric
     test: Corpus | None = None  # scored too, and chooses nothing
     cpu: bool = False
@@ -96,6 +98,7 @@ def _train(trial: Trial, setting: Setting, cache: Cache) -> Figures:
         figures["loss"] = record.validation["loss"]
     if setting.test is not None:
         figures |= {f"test_{name}": value for name, value in score(run, setting.test).items()}
+    figures = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
     return figures | {
         "epochs_run": record.epochs_run,
         "best_epoch": record.best_epoch,
@@ -126,10 +129,9 @@ def score_held_out(run: Run, cache: Cache, options: StudentOptions, folder: Path
     split = find_stretches(cache, options, spec, validation=None, source=source)[-1].split
     if not len(split.held_out):
         return {}
-    if options.student == LINEAR:
-        texts = [cache.texts()[row] for row in split.held_out]
-        rows = split.held_out
-        said = run.student.logits([text for text, _ in texts], pairs=[pair for _, pair in texts]).argmax(1)  # type: ignore[union-attr, call-arg, arg-type]
+    if isinstance(run.student, LinearStudent):
+        texts, rows = cache.texts(), split.held_out
+        said = run.student.logits([texts[row][0] for row in rows], pairs=[texts[row][1] for row in rows]).argmax(1)
     else:
         assert isinstance(run.student, torch.nn.Module)
         found = []
