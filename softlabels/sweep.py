@@ -22,6 +22,7 @@ from softlabels.config import CombineOptions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError
 from softlabels.progress import progress
+from softlabels.students import check_student
 from softlabels.sweeping.optuna_search import OptunaSearch
 from softlabels.sweeping.outcomes import RESULTS, Ledger, Outcome
 from softlabels.sweeping.pool import Runner, count_cores, run_here, run_in_processes
@@ -111,6 +112,8 @@ def sweep(
     )
     space = Space(tuple(check_axis(axis) for axis in found), dict(fixed or {}), recipe)
     check_space(space, options)
+    for student in _students(space):
+        check_student(student)  # a trial each would tell the same, later
     setting = Setting(folder, tuple(map(Path, caches)), combining or CombineOptions(), validation, test, cpu)
     cache = open_caches(setting)
     metric = _choose_metric(options, space, cache, validation, test)
@@ -143,6 +146,12 @@ def sweep(
 
 
 # ------------------------------------------------------------------------------------------------------------ choices
+
+
+def _students(space: Space) -> list[str]:
+    """The kinds of students that are named; a recipe's have names of their own, which it has checked."""
+    named = [axis.values for axis in space.axes if axis.key == "student" and isinstance(axis, Choice)]
+    return [] if space.recipe else [*(named[0] if named else ()), *([space.fixed["student"]] if not named else [])]
 
 
 def _axis(key: str, values: Sequence[Any] | Range) -> Choice | Range:

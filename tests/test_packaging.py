@@ -64,7 +64,7 @@ def test_pins_fit_any_machine():
 def test_dependencies_are_what_the_code_imports():
     """Each third-party import of softlabels/ is declared, and nothing is declared in vain."""
     declared = names(PROJECT["dependencies"])
-    brought = names(EXTRAS["demo"]) | names(EXTRAS["images"]) | names(EXTRAS["augment"]) | names(EXTRAS["export"])
+    brought = set().union(*(names(EXTRAS[extra]) for extra in ("demo", "images", "augment", "export", "sweep")))
     providers = packages_distributions()
     used = {
         canonicalize_name(providers.get(module, [module])[0])

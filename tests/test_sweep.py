@@ -20,7 +20,7 @@ from softlabels.cache import open_cache
 from softlabels.config import CombineOptions, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.errors import CacheError, ConfigError, CorpusError
+from softlabels.errors import CacheError, ConfigError, CorpusError, StudentError
 from softlabels.evaluate import evaluate
 from softlabels.runs import load_run
 from softlabels.sweep import SweepResult, sweep
@@ -195,6 +195,7 @@ def test_without_a_validation_corpus_rows_are_held_out(cache: Path, tmp_path: Pa
         ({"options": {"metric": "loss"}, "validation": None}, "'temperature' have losses that don't", ConfigError),
         ({"options": {"metric": "agreement"}}, "leave --eval out", ConfigError),
         ({"options": {"metric": "loss"}}, "none are held out", ConfigError),
+        ({"axes": {"student": ["bilstm", "bilstn"]}, "fixed": {}}, "Did you mean 'bilstm'", StudentError),
         ({"test": Corpus("test", None, [Example("0", "a")], None)}, "--test test has no labelled row", CorpusError),
         ({"validation": Corpus("dev", None, [Example("0", "a", None, "hockey")], None)}, "hockey", CorpusError),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softlabels.errors import ConfigError
-from softlabels.sweeping.space import Axis, Changes, Choice, round_into
+from softlabels.sweeping.space import Axis, Changes, Choice
 
 
 class OptunaSearch:
@@ -50,7 +50,8 @@ class OptunaSearch:
             return axis.values[trial.suggest_categorical(axis.key, list(range(len(axis.values))))]
         if axis.whole:
             return trial.suggest_int(axis.key, int(axis.low), int(axis.high), log=axis.log)
-        return round_into(axis, trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log))
+        # not rounded: what a sweep that goes on tells Optuna again must be what it chose
+        return trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
 
     def _inside(self, axis: Axis, value: Any) -> Any:
         return list(axis.values).index(value) if isinstance(axis, Choice) else value

@@ -243,10 +243,10 @@ def _draw(axis: Axis, dice: random.Random) -> Any:
         return dice.randint(int(axis.low), int(axis.high))
     low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
     value = dice.uniform(low, high)
-    return round_into(axis, math.exp(value) if axis.log else value)
+    return _round_into(axis, math.exp(value) if axis.log else value)
 
 
-def round_into(axis: Range, value: float) -> float:
+def _round_into(axis: Range, value: float) -> float:
     """`value` to four digits, or whole, and not beyond the range."""
     rounded = round(value) if axis.whole else float(f"{value:.4g}")
     return min(max(rounded, axis.low), axis.high)

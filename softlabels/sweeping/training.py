@@ -66,7 +66,9 @@ def trainer(setting: Setting) -> Iterator[Callable[[Trial], Outcome]]:
 def _try(trial: Trial, setting: Setting, cache: Cache) -> Outcome:
     try:
         figures = _train(trial, setting, cache)
-    except (SoftlabelsError, RuntimeError, ValueError, MemoryError) as error:  # torch's and numpy's own, too
+    except OSError:  # a full disk is no fault of the trial's, and would fail the others too
+        raise
+    except Exception as error:  # whatever torch or a library says of one student, the others go on
         told = str(error) if isinstance(error, SoftlabelsError) else f"{type(error).__name__}: {error}"
         return failed(trial, told.strip() or type(error).__name__)
     run = f"{TRIALS}/{trial.name}"

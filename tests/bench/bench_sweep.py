@@ -20,14 +20,17 @@ dumped over the 5,000.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -40,6 +43,7 @@ CORPUS = ROOT.parent / "shared" / "corpora" / "sst2"
 ROWS, TEACHER_ROWS = 5000, 1000
 TEMPERATURES, WEIGHTS, SEEDS = (1, 2, 4, 8), (0.3, 0.5, 0.7), (0, 1, 2)
 LIMIT = 0.5
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,40 @@ class Case:
     base: list[str]  # options of both commands
 
 
-def command(*words: str | Path) -> float:
-    """Seconds that `softlabels …` takes, from its start to its end."""
+@dataclass(frozen=True)
+class Cost:
+    """In seconds, from the start of a process to its end; the CPU time of all its threads and processes moves less
+    with what else the machine does.
+    """
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def adopt_orphans() -> None:
+    """Processes whose parent ends become this one's children, so that their CPU time can be asked for (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def command(*words: str | Path) -> Cost:
+    """What `softlabels …` costs."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTLABELS_QUIET": "1"}
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # a user's shell has none
         environment.pop(name, None)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = [sys.executable, "-m", "softlabels", *map(str, words)]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(line)}\nfailed: {done.stderr}")
-    return seconds
+    with suppress(ChildProcessError):
+        while True:  # the fork server of a sweep ends after it
+            os.waitpid(-1, 0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def write_rows(folder: Path, rows: int) -> None:
@@ -95,26 +121,30 @@ def run_separately(case: Case, temperature: float, weight: float, seed: int) -> 
     out = case.folder / "separate" / f"t{temperature}-kl{weight}-seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
     losses = ["--loss", f"kl={weight}", "--loss", f"ce={round(1 - weight, 2)}"]
-    seconds = command(
+    cost = command(
         "train-student", case.cache, *case.base, "--temperature", str(temperature), *losses, "--seed", str(seed),
         "--eval", case.folder / "dev.jsonl", "--out", out,
     )  # fmt: skip
-    seconds += command("evaluate", out, case.folder / "test.jsonl")
+    cost += command("evaluate", out, case.folder / "test.jsonl")
     from softlabels.corpus import read_corpus
     from softlabels.runs import load_run
     from softlabels.sweeping.training import score
 
     accuracy = score(load_run(out), read_corpus(str(case.folder / "test.jsonl")))["accuracy"]
-    print(f"  T={temperature} kl={weight} seed {seed}: {seconds:.1f} s, test accuracy {accuracy:.4f}", flush=True)
-    return {"key": (temperature, weight, seed), "seconds": seconds, "accuracy": accuracy}
+    print(
+        f"  T={temperature} kl={weight} seed {seed}: {cost.wall:.1f} s, CPU {cost.cpu:.1f} s, "
+        f"test accuracy {accuracy:.4f}",
+        flush=True,
+    )
+    return {"key": (temperature, weight, seed), "cost": cost, "accuracy": accuracy}
 
 
-def run_sweep(case: Case, seeds: tuple[int, ...]) -> tuple[float, dict[tuple[float, float, int], float]]:
-    """Seconds for all, and each trial's test accuracy."""
+def run_sweep(case: Case, seeds: tuple[int, ...]) -> tuple[Cost, dict[tuple[float, float, int], float]]:
+    """What all cost together, and each trial's test accuracy."""
     out = case.folder / "sweep"
     shutil.rmtree(out, ignore_errors=True)
     losses = ",".join(f"{{kl: {weight}, ce: {round(1 - weight, 2)}}}" for weight in WEIGHTS)
-    seconds = command(
+    cost = command(
         "sweep", case.cache, *case.base, "--temperature", ",".join(map(str, TEMPERATURES)), "--set", f"losses={losses}",
         "--seeds", ",".join(map(str, seeds)), "--eval", case.folder / "dev.jsonl", "--test", case.folder / "test.jsonl",
         "--out", out,
@@ -126,8 +156,8 @@ def run_sweep(case: Case, seeds: tuple[int, ...]) -> tuple[float, dict[tuple[flo
         if row["status"] == "done"
     }
     assert len(found) == len(rows) == len(TEMPERATURES) * len(WEIGHTS) * len(seeds), "a trial failed"
-    print(f"  sweep of {len(found)}: {seconds:.1f} s", flush=True)
-    return seconds, found
+    print(f"  sweep of {len(found)}: {cost.wall:.1f} s, CPU {cost.cpu:.1f} s", flush=True)
+    return cost, found
 
 
 def compare(case: Case, sample: int, seeds: tuple[int, ...]) -> None:
@@ -135,12 +165,19 @@ def compare(case: Case, sample: int, seeds: tuple[int, ...]) -> None:
     chosen = [every[round(i * (len(every) - 1) / max(sample - 1, 1))] for i in range(sample)]
     before, after = chosen[: (sample + 1) // 2], chosen[(sample + 1) // 2 :]
     separate = [run_separately(case, *key) for key in before]
-    seconds, accuracies = run_sweep(case, seeds)
+    together, accuracies = run_sweep(case, seeds)
     separate += [run_separately(case, *key) for key in after]
-    each = statistics.median(run["seconds"] for run in separate)
-    ratio = seconds / (each * len(every))
-    print(f"\nseparate   {each:.1f} s each (median of {sample}), {each * len(every):.0f} s for {len(every)}")
-    print(f"sweep      {seconds:.0f} s: {ratio:.3f} of it; at most {LIMIT}: {'ok' if ratio <= LIMIT else 'MISSED'}")
+    count = len(every)
+    each = Cost(*(statistics.median(getattr(run["cost"], kind) for run in separate) for kind in ("wall", "cpu")))
+    ratio, of_cpu = together.wall / (each.wall * count), together.cpu / (each.cpu * count)
+    print(
+        f"\nseparate   {each.wall:.1f} s each (median of {sample}; CPU {each.cpu:.1f} s), "
+        f"{each.wall * count:.0f} s for all"
+    )
+    print(
+        f"sweep      {together.wall:.0f} s: {ratio:.3f} of it; at most {LIMIT}: {'ok' if ratio <= LIMIT else 'MISSED'} "
+        f"(CPU {together.cpu / count:.1f} s a trial, {of_cpu:.3f} of it)"
+    )
     spread = [
         statistics.stdev([accuracies[t, w, seed] for seed in seeds])
         for t in TEMPERATURES
@@ -166,6 +203,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the BiLSTM without a recipe")
     parser.add_argument("--small", action="store_true", help="500 rows, one epoch, one seed, two separate runs")
     given = parser.parse_args()
+    adopt_orphans()
     if not CORPUS.is_dir():
         print(f"skipped: there is no {CORPUS}")
         return
