@@ -117,7 +117,7 @@ def test_a_recipe_is_the_base() -> None:
 
 
 def test_losses_that_are_terms_are_reached_by_their_names() -> None:
-    terms = [{"loss": "kl", "weight": 0.5}, {"loss": "ce"}]
+    terms: list[dict[str, Any]] = [{"loss": "kl", "weight": 0.5}, {"loss": "ce"}]
     space = Space((), {"student": "bilstm", "losses": terms})
     found = options_of(space, **{"losses.kl.weight": 0.9})
     assert [term.weight for term in found.losses] == [0.9, 1.0] and terms[0]["weight"] == 0.5
