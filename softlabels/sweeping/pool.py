@@ -6,7 +6,7 @@ trials run, so that a cluster can be put in place of these.
 Why processes and not stacked students: a BiLSTM's step is three quarters matrix products that fill a core already (32
 rows of 15 words: 56 GFLOP/s, where one large product reaches 70 to 80). The same products and pointwise functions of 6
 to 24 students, stacked by `bmm`, took 0.9 to 1.4 times as long a student, and torch has no batching rule for its LSTM.
-Two threads of one student wait for each other at every one of these small products; two students on a thread each don't.
+Two threads of one student wait for each other at every one of these small products; two students, a thread each, don't.
 """
 
 from __future__ import annotations
