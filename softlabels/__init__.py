@@ -8,7 +8,7 @@
     softlabels.train_student(cache, out="runs/small", options=softlabels.StudentOptions(student="bilstm"))
 
 Each name is imported when it is first used, so `import softlabels` costs nothing. Where a module and its main
-function share a name (`dump`, `evaluate`, `augment`), the module can be called: `softlabels.dump(...)` runs
+function share a name (`dump`, `evaluate`, `sweep`), the module can be called: `softlabels.dump(...)` runs
 `softlabels.dump.dump(...)`, whatever was imported before.
 """
 
@@ -51,6 +51,8 @@ _PUBLIC = {
     "train_student": "softlabels.train",
     "train_joint": "softlabels.joint",
     "train_multitask": "softlabels.multitask",
+    "sweep": "softlabels.sweep",
+    "SweepOptions": "softlabels.sweeping.space",
     "load_run": "softlabels.runs",
     "evaluate": "softlabels.evaluate",
     "EvaluateOptions": "softlabels.config",
@@ -92,6 +94,8 @@ if TYPE_CHECKING:
     from softlabels.recipes import read_recipe as read_recipe
     from softlabels.report import report as report
     from softlabels.runs import load_run as load_run
+    from softlabels.sweep import sweep as sweep
+    from softlabels.sweeping.space import SweepOptions as SweepOptions
     from softlabels.teacher import TeacherOptions as TeacherOptions
     from softlabels.teacher import load_teacher as load_teacher
     from softlabels.teacher import train_teacher as train_teacher

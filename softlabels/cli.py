@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from softlabels.commands import card, sign
+from softlabels.commands import card, sign, sweep
 from softlabels.commands import evaluate as evaluate_command
 from softlabels.commands import report as report_command
 from softlabels.errors import ConfigError, SoftlabelsError
@@ -1260,6 +1260,7 @@ def train_multitask_command(
 
 app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate)
 app.command("report", epilog=report_command.EXAMPLES)(report_command.report)
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 
 
 @app.command(

@@ -506,7 +506,7 @@ def read_experiment(name: str, *, changes: Sequence[str] = ()) -> Experiment:
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     for key, value in parse_options(changes).items():
-        _set(data, key, value)
+        set_key(data, key, value)
     kind: type[Strict] = MultiTaskRecipe if "tasks" in data else FederatedRecipe if "parties" in data else Recipe
     return build_options(kind, data, where=f"recipe {path}")
 
@@ -566,8 +566,8 @@ def on_labels_alone(student: StudentOptions, hard_epochs: int | None) -> dict[st
     }
 
 
-def _set(data: Any, key: str, value: Any) -> None:
-    """Set `a.b.0.c` inside nested dicts and lists; students may be addressed by name."""
+def set_key(data: Any, key: str, value: Any) -> None:
+    """Set `a.b.0.c` inside nested dicts and lists; students, phases and losses may be addressed by name."""
     *parents, last = key.split(".")
     for part in parents:
         data = _child(data, part, key)
@@ -588,7 +588,7 @@ def _child(data: Any, part: str, key: str) -> Any:
 
 
 def _position(items: list, part: str, key: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    names = [item.get("name", item.get("loss")) if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):

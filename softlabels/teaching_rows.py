@@ -88,6 +88,12 @@ def split_rows(
     return splits
 
 
+def check_labelled(cache: Cache, corpus: Corpus, name: str) -> None:
+    """CorpusError where no row of `corpus`, given as `name`, has a label, or one has a label that no class is."""
+    if all(label == NO_LABEL for label in encode_labels(corpus.examples, cache.label_names)):
+        raise CorpusError(f"{name} {corpus.source} has no labelled row to score students on: leave it out, or label it")
+
+
 def _tokenized(cache: Cache, validation: Corpus) -> list[TokenizedExample]:
     labels = encode_labels(validation.examples, cache.label_names)
     kept = [(example, label) for example, label in zip(validation.examples, labels, strict=True) if label != NO_LABEL]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
     "cli": ["__main__", "cli", "commands", "tables"],
-    "run": ["federated", "run", "compression"],
+    "run": ["federated", "run", "compression", "sweep", "sweeping"],  # a sweep trains and scores
     "stage": [
         "augment",
         "plan",
@@ -56,6 +56,7 @@ LAYERS = {
         "language_teacher",
         "losses",
         "objective",
+        "once",
         "optimizer",
         "parties",
         "perplexity",
@@ -176,6 +177,7 @@ def test_how_imports_are_read(source, package, found):
         "softlabels.recipes",
         "softlabels.cli",
         "softlabels.tables",
+        "softlabels.commands.sweep",
     ],
 )
 def test_light_imports(module):

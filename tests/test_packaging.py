@@ -24,8 +24,16 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_TESTS = ("demo", "images", "augment", "ray", "report", "dev")  # what `make test` installs, and some that it brings
-BROUGHT = ("demo", "images", "augment", "export", "ray", "report", "sign")  # what softlabels/ may import
+FOR_TESTS = (
+    "demo",
+    "images",
+    "augment",
+    "ray",
+    "report",
+    "sweep",
+    "dev",
+)  # what `make test` installs, and some that it brings
+BROUGHT = ("demo", "images", "augment", "export", "ray", "report", "sign", "sweep")  # what softlabels/ may import
 PLUGINS = {"tensorboard"}  # needed, but imported by others: torch writes the logs that Accelerate asks for
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xxhash
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from softlabels.config import Strict
 from softlabels.errors import StudentError
+from softlabels.once import once
 from softlabels.students import StudentSpec, refuse_incomplete
 from softlabels.students.word_vectors import WordVectors, look_up_vectors, spell_tokens
 
@@ -273,21 +275,32 @@ def _start_vectors(
         from softlabels.students.fitted_vectors import fit_word_vectors  # scikit-learn takes a second to import
 
         assert spec.sequences is not None
-        texts = (token_map[sequence.input_ids] for sequence in spec.sequences())
-        words = (text[text != PAD_ROW] for text in texts)
-        return fit_word_vectors(words, rows=rows, width=options.embedding_dim or EMBEDDING_DIM)
+        width = options.embedding_dim or EMBEDDING_DIM
+        texts = [token_map[sequence.input_ids] for sequence in spec.sequences()]
+        words = [text[text != PAD_ROW] for text in texts]
+        key = (FIT, rows, width, _hash_texts(words))
+        return once(key, lambda: fit_word_vectors(words, rows=rows, width=width))
     assert spec.tokenizer is not None
     ids = np.flatnonzero(token_map >= FIRST_ROW)
     spellings: list[list[str]] = [[] for _ in range(rows)]
     for row, spelling in zip(token_map[ids], spell_tokens(spec.tokenizer(), ids.tolist()), strict=True):
         spellings[row] = spelling
-    start = look_up_vectors(Path(options.word_vectors), spellings)
+    path = Path(options.word_vectors)
+    start = once((str(path), repr(spellings)), lambda: look_up_vectors(path, spellings))
     if options.embedding_dim not in (None, start.width):
         raise StudentError(
             f"option 'embedding_dim' is {options.embedding_dim}, the word vectors in {options.word_vectors} have "
             f"{start.width} values: leave it out"
         )
     return start
+
+
+def _hash_texts(texts: Sequence[np.ndarray]) -> str:
+    """Of which words, in which order, and where each text ends."""
+    hasher = xxhash.xxh3_128(np.array([len(text) for text in texts], np.int64).tobytes())
+    for text in texts:
+        hasher.update(np.ascontiguousarray(text).tobytes())
+    return hasher.hexdigest()
 
 
 def load_recurrent(model: type[Model], config: type[PreTrainedConfig], folder: Path) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache as computed_once
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def check_task(cache: Cache, options: StudentOptions, validation: Corpus | None)
 def student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
     """What the cache asks of any student; the tokens of its training rows are filled in when they are read."""
     teacher = cache.manifest.teacher
+    tokenizer = computed_once(cache.tokenizer)  # asked many times for its special tokens, and loaded in 0.1 s
     return StudentSpec(
         label_names=cache.label_names,
         vocab_size=teacher.vocab_size,
@@ -82,8 +84,8 @@ def student_spec(cache: Cache, options: StudentOptions) -> StudentSpec:
         teacher_config=cache.teacher_config(),
         options=options.options,
         task=teacher.task,
-        mask_token_id=cache.tokenizer().mask_token_id,
-        tokenizer=cache.tokenizer,
+        mask_token_id=tokenizer().mask_token_id,
+        tokenizer=tokenizer,
         decoder_start=None if cache.decoder_starts is None else int(cache.decoder_starts[0]),
     )
 
