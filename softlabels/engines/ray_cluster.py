@@ -70,10 +70,11 @@ def _start(options: RayOptions) -> None:
         _knock(options.address)
         ray.init(address=options.address, **common)
     except (OSError, RuntimeError, ValueError) as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        words = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"--address {options.address}: no Ray cluster answers there ({words[:120]}). Start one (ray start --head), "
-            f"or give --address local for one on this machine alone"
+            f"--address {options.address}: no Ray cluster answers there ({words}). Start one (ray start --head), or "
+            f"give --address local for one on this machine alone. One that asks for a token needs "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment"
         ) from error
 
 
