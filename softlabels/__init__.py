@@ -47,6 +47,8 @@ _PUBLIC = {
     "combine": "softlabels.cache.combine",
     "concatenate": "softlabels.cache.concatenate",
     "open_combined": "softlabels.cache.combined",
+    "push": "softlabels.cache.push",
+    "pull": "softlabels.cache.pull",
     "CombineOptions": "softlabels.config",
     "train_student": "softlabels.train",
     "train_joint": "softlabels.joint",
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from softlabels.augment import augment as augment
     from softlabels.cache import open_cache as open_cache
     from softlabels.cache.combine import combine as combine
+    from softlabels.cache.pull import pull as pull
+    from softlabels.cache.push import push as push
     from softlabels.cache.combined import open_combined as open_combined
     from softlabels.cache.concatenate import concatenate as concatenate
     from softlabels.config import AugmentOptions as AugmentOptions

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from softlabels.commands.pull import PULL_EXAMPLES, pull_command
+from softlabels.commands.push import PUSH_EXAMPLES, push_command
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -1268,6 +1270,10 @@ def _read_lines() -> list[str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
     return [line.removesuffix("\r") for line in whole.removesuffix("\n").split("\n")] if whole else []
+
+
+app.command("push", epilog=PUSH_EXAMPLES)(push_command)
+app.command("pull", epilog=PULL_EXAMPLES)(pull_command)
 
 
 # -------------------------------------------------------------------------------------------------------- printing

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
-    "cli": ["__main__", "cli", "tables"],
+    "cli": ["__main__", "cli", "commands", "tables"],
     "run": ["federated", "run", "compression"],
     "stage": [
         "augment",
