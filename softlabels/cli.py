@@ -720,13 +720,23 @@ def _combine_options(
     return build_options(CombineOptions, {key: value for key, value in given.items() if value is not None}, where=where)
 
 
-@app.command(epilog="Example:  softlabels info cache")
-def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json = False) -> None:
+@app.command(epilog="Examples:  softlabels info cache   |   softlabels info s3://bucket/sst2")
+def info(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="a folder, or the URL that it was pushed to")],
+    as_json: Json = False,
+) -> None:
     """What a cache holds, from what, how large."""
     from softlabels.cache.format import read_manifest
     from softlabels.cache.info import describe
+    from softlabels.cache.urls import is_url
 
-    facts = describe(read_manifest(cache))
+    if is_url(cache):
+        from softlabels.cache.remote import open_remote
+
+        manifest = open_remote(cache).manifest
+    else:
+        manifest = read_manifest(Path(cache))
+    facts = describe(manifest)
     if as_json:
         _print_json(facts)
         return
@@ -861,13 +871,16 @@ def _verify_live(
     "train-student",
     epilog="Examples:  softlabels train-student cache --student bilstm --out runs/bilstm "
     "--loss kl=0.7 --loss ce=0.3 --temperature 3   |   softlabels train-student cache-a cache-b cache-c --mean "
-    "probabilities --student bilstm --out runs/taught-by-three",
+    "probabilities --student bilstm --out runs/taught-by-three   |   softlabels train-student s3://bucket/sst2 "
+    "--student bilstm --out runs/from-s3",
 )
 def train_student_command(
     caches: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="CACHE ...", help="a cache, or several: then what their teachers say together, as combine has it"
+            metavar="CACHE ...",
+            help="a cache, or several: then what their teachers say together, as combine has it; a folder, or the URL "
+            "that it was pushed to, of which only what is read is fetched",
         ),
     ],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
@@ -931,6 +944,14 @@ def train_student_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="of caches at a URL: the local cache in ~/.cache/softlabels (or $SOFTLABELS_CACHE) has at most so much, "
+            "e.g. 50GB; by default $SOFTLABELS_CACHE_SIZE, or 10GB",
+        ),
+    ] = None,
     mean: Mean = None,
     weights: Weights = None,
     choose: Choose = None,
@@ -976,10 +997,15 @@ def train_student_command(
         raise ConfigError(f"{_OPTION[min(combining.model_fields_set)]} combines several caches, and one is given")
     from softlabels.cache import open_cache
     from softlabels.cache.combined import open_combined
+    from softlabels.cache.stream import parse_size
     from softlabels.corpus import read_corpus
     from softlabels.train import train_student
 
-    opened = open_cache(caches[0]) if len(caches) == 1 else open_combined(caches, combining)
+    room = None if cache_size is None else parse_size(cache_size)
+    if len(caches) == 1:
+        opened = open_cache(caches[0], cache_size=room)
+    else:
+        opened = open_combined(caches, combining, cache_size=room)
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
     _finish(report, as_json)

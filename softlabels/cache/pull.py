@@ -42,7 +42,7 @@ from softlabels.errors import CacheError
 from softlabels.progress import progress
 
 _LARGEST = 1 << 36  # bytes of a small file: an output head may have gigabytes
-_UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
+UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
     previous = _previous(folder)
     wanted = some_fields(remote.manifest, chosen)
     if previous is None:
-        write_file(folder / MANIFEST, to_json(wanted.model_copy(update=_UNFINISHED)))
+        write_file(folder / MANIFEST, to_json(wanted.model_copy(update=UNFINISHED)))
         return wanted
     shown = remote.place.shown
     refuse_another(previous, remote.manifest, where=shown, remedy=f"{folder} is left as it is: choose another folder")
@@ -123,7 +123,7 @@ def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
             f"or choose another folder"
         )
     wanted = some_fields(remote.manifest, sorted({*chosen, *previous.fields}))  # it goes on with all it was to have
-    write_file(folder / MANIFEST, to_json(wanted.model_copy(update=_UNFINISHED)))
+    write_file(folder / MANIFEST, to_json(wanted.model_copy(update=UNFINISHED)))
     return wanted
 
 
@@ -146,6 +146,11 @@ class Fetched:
     files: int = 0
     there_bytes: int = 0
 
+    def count(self, came: int) -> None:
+        """One shard: bytes that came, or below 0 those that were there."""
+        self.files += came > 0
+        self.there_bytes -= min(came, 0)
+
 
 def fetch_fields(remote: Remote, folder: Path, final: Manifest, *, threads: int) -> Fetched:
     """Fetch every file of the cache that is missing in `folder` or differs, of the fields that the place has."""
@@ -157,13 +162,12 @@ def fetch_fields(remote: Remote, folder: Path, final: Manifest, *, threads: int)
         work.files += fetch_small_files(remote, folder, list(cards.values()))
         tasks = [(name, shard) for name in names for shard in range(len(final.shard_rows))]
         for came in in_parallel(
-            lambda task: _fetch_shard(remote, folder, *task, cards[task[0]], work.traffic),
+            lambda task: fetch_shard(remote, folder, *task, cards[task[0]], work.traffic),
             tasks,
             work.traffic,
             threads=threads,
         ):
-            work.files += came > 0
-            work.there_bytes += -min(came, 0)
+            work.count(came)
     return work
 
 
@@ -195,7 +199,7 @@ def _size_there(remote: Remote, name: str) -> int:
     return size
 
 
-def _fetch_shard(
+def fetch_shard(
     remote: Remote, folder: Path, name: str, shard: int, card: FieldCard | None, traffic: Traffic
 ) -> int:
     """Fetch a shard and write its receipt; the bytes that came, or what was there, below 0."""

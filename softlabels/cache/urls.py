@@ -76,7 +76,7 @@ class Place:
             self.url, self._query = start.rstrip("/"), f"?{query}"
         if self.protocol in _KEYS and "@" in urlsplit(url).netloc:
             raise ConfigError(f"{self.shown}: {self.protocol} takes no credentials in its URL. Give {_KEYS[self.protocol]}")
-        self._given = url
+        self.given = url  # with what is secret of it
         self._local = threading.local()
         self._shared, self._root = self._connect()
 
@@ -113,7 +113,7 @@ class Place:
     def hide(self, error: BaseException | str) -> str:
         """The words of an error from there, in one line, without anything secret."""
         words = str(error).strip() or type(error).__name__
-        return hide(" ".join(words.split()), self._given)[:500]
+        return hide(" ".join(words.split()), self.given)[:500]
 
     # ------------------------------------------------------------------------------------------------- one call
 
