@@ -133,9 +133,9 @@ def sftp_server(home: Path) -> Iterator[int]:
 
 
 class Proxy:
-    """Passes connections on to a port, counts the bytes of either way, and cuts the first `cuts` in the middle.
+    """Passes connections on to a port, counts the bytes of either way, and cuts some in the middle.
 
-    `after(n)` says after how many bytes of both ways together the n-th connection is cut; None: not this one.
+    `after(n)` says how many bytes of both ways together any connection lives for once n were cut; None: for ever.
     """
 
     def __init__(self, port: int, after: Callable[[int], int | None] = lambda number: None) -> None:
@@ -161,25 +161,25 @@ class Proxy:
             except OSError:
                 return
             with self._lock:
-                number, self.connections = self.connections, self.connections + 1
+                self.connections += 1
             try:
                 server = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 client.close()
                 continue
-            budget = [self.after(number)]
+            passed = [0]
             for source, sink, way in ((client, server, "up"), (server, client, "down")):
-                threading.Thread(target=self._pass, args=(source, sink, way, budget), daemon=True).start()
+                threading.Thread(target=self._pass, args=(source, sink, way, passed), daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket, way: str, budget: list[int | None]) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket, way: str, passed: list[int]) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 with self._lock:
-                    left = budget[0]
-                    if left is not None:
-                        budget[0] = left - len(data)
-                    if left is not None and left < len(data):
-                        self.cuts += left >= 0
+                    lives = self.after(self.cuts)
+                    passed[0] += len(data)
+                    if lives is not None and passed[0] > lives:
+                        self.cuts += 1
+                        passed[0] = -(1 << 60)  # the other way is cut by this one
                         break
                     setattr(self, way, getattr(self, way) + len(data))
                 sink.sendall(data)

@@ -183,7 +183,7 @@ class ShardStore:
             file = self.remote.shard(name, shard, self._cards[name])
             self._make_room(self.manifest.shards[name].size(shard))
             download(self.remote.place, file, shard_file(self.folder, name, shard), traffic=Traffic())
-            if key in self._came:
+            if key in self._came and not self._said:
                 self._say(
                     f"{self.url}: shards are fetched again, for the local cache of {_show(self.limit)} has no room "
                     f"for all that is read. Pull the fields that you need, or give a larger --cache-size"

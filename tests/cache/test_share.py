@@ -162,13 +162,13 @@ def test_a_caches_folder_that_is_served_as_it_is(cache: Path, tmp_path: Path):
 def test_a_whole_cache_by_sftp(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("paramiko")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    cut = cuts(20, least=20_000, most=200_000)
+    cut = cuts(20, least=15_000, most=40_000)
     with sftp_server(tmp_path / "home") as port, proxy(port, cut) as way:
         url = f"sftp://127.0.0.1:{way.port}{tmp_path}/there"
         push(cache, url, threads=3)
         pull(url, tmp_path / "back", threads=3)
         assert contents(tmp_path / "back") == contents(cache)
-        assert way.cuts >= 3  # a connection serves many files
+        assert way.cuts == 20
 
 
 def test_other_tools_read_what_was_pushed(cache: Path, tmp_path: Path):
@@ -203,7 +203,7 @@ def test_fields_are_added_and_only_their_bytes_travel(cache: Path, counted: tupl
 def test_pulling_logits_moves_only_their_bytes(counted: tuple[str, Proxy], tmp_path: Path):
     """Of a cache whose hidden states are more than 50 times as large, counted at the server, headers and all."""
     url, way = counted
-    manifest = make_cache(tmp_path / "cache", width=256)
+    manifest = make_cache(tmp_path / "cache", width=1024)
     wanted = manifest.shards["logits"].total + manifest.shards["examples"].total
     assert manifest.shards["hidden.06"].total > 50 * manifest.shards["logits"].total
     push(tmp_path / "cache", url)
@@ -255,7 +255,7 @@ def test_rows_travel_by_the_shards_they_lie_in(cache: Path, counted: tuple[str, 
 
 
 def cuts(count: int, *, least: int, most: int) -> Callable[[int], int | None]:
-    """After how many bytes each of the first `count` connections is cut."""
+    """How many bytes a connection lives for, until `count` were cut."""
     rng = np.random.default_rng(0)
     after = rng.integers(least, most, count).tolist()
     return lambda number: after[number] if number < count else None
@@ -312,12 +312,14 @@ def test_what_was_interrupted_goes_on(counted: tuple[str, Proxy], tmp_path: Path
     assert 0 < again.there_bytes and again.there_bytes + again.sent_bytes == total
     monkeypatch.setattr(transfer, "_FIRST", 30_000)
     monkeypatch.setattr(transfer, "_MOST", 30_000)
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(urls.Place, "try_once", stop_after(40))
-        pull(url, tmp_path / "back", threads=1)
+    parts, count = 0, 40
+    while not parts:  # until it breaks off in the middle of a file
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(urls.Place, "try_once", stop_after(count))
+            pull(url, tmp_path / "back", threads=1)
+        parts, count = sum(path.stat().st_size for path in (tmp_path / "back").glob("*/.tmp-*")), count + 1
     with pytest.raises(CacheError, match="unfinished"):
         open_cache(tmp_path / "back")
-    parts = sum(path.stat().st_size for path in (tmp_path / "back").glob("*/.tmp-*"))
     way.reset()
     came = pull(url, tmp_path / "back")
     assert parts and came.there_bytes and came.fetched_bytes + came.there_bytes + parts == total
