@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from softlabels.augment import augment as augment
     from softlabels.cache import open_cache as open_cache
     from softlabels.cache.combine import combine as combine
-    from softlabels.cache.pull import pull as pull
-    from softlabels.cache.push import push as push
     from softlabels.cache.combined import open_combined as open_combined
     from softlabels.cache.concatenate import concatenate as concatenate
+    from softlabels.cache.pull import pull as pull
+    from softlabels.cache.push import push as push
     from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions

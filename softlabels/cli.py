@@ -948,8 +948,8 @@ def train_student_command(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="of caches at a URL: the local cache in ~/.cache/softlabels (or $SOFTLABELS_CACHE) has at most so much, "
-            "e.g. 50GB; by default $SOFTLABELS_CACHE_SIZE, or 10GB",
+            help="of caches at a URL: the local cache in ~/.cache/softlabels (or $SOFTLABELS_CACHE) has at most so "
+            "much, e.g. 50GB; by default $SOFTLABELS_CACHE_SIZE, or 10GB",
         ),
     ] = None,
     mean: Mean = None,

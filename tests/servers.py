@@ -84,7 +84,7 @@ class _Ranged(SimpleHTTPRequestHandler):
 class _Whole(_Ranged):
     """The same without ranges, as `python -m http.server` is."""
 
-    do_GET = SimpleHTTPRequestHandler.do_GET  # noqa: N815
+    do_GET = SimpleHTTPRequestHandler.do_GET
 
 
 @contextmanager

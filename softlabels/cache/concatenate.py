@@ -227,7 +227,7 @@ def cut_pieces(cache: Cache, first: int, last: int) -> Iterator[Piece]:
 
 
 class PieceWriter:
-    """Writes the shards of a result. `counts`: of each cache's field what each shard's receipt counts, see `counted`."""
+    """Writes the shards of a result. `counts`: of a cache's field what each shard's receipt counts, as `counted`."""
 
     def __init__(
         self, pieces: Pieces, build: CacheBuild, *, counts: Mapping[tuple[Path, str], Mapping[int, int]] | None = None

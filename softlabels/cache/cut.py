@@ -34,7 +34,9 @@ def check_rows(rows: tuple[int | None, int | None], total: int, *, where: str) -
     """The first row and the one after the last; ConfigError where there are no such rows."""
     first, last = rows[0] or 0, total if rows[1] is None else rows[1]
     if not 0 <= first < last <= total:
-        raise ConfigError(f"rows {first}:{last}: the cache at {where} has the rows 0:{total}, and some of them must be asked for")
+        raise ConfigError(
+            f"rows {first}:{last}: the cache at {where} has the rows 0:{total}, and some of them must be asked for"
+        )
     return first, last
 
 
@@ -71,8 +73,8 @@ def _refuse_int8(manifest: Manifest, first: int) -> None:
     int8, size = [name for name, spec in manifest.fields.items() if spec.type == "int8"], manifest.dump.shard_rows
     if int8 and first % size:
         raise ConfigError(
-            f"{', '.join(int8)} is int8, whose scales are those of a whole file of {size} rows: the first row must be a "
-            f"multiple of {size}, such as {first // size * size}"
+            f"{', '.join(int8)} is int8, whose scales are those of a whole file of {size} rows: the first row must be "
+            f"a multiple of {size}, such as {first // size * size}"
         )
 
 

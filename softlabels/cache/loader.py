@@ -64,7 +64,6 @@ class CacheLoader:
             out = memory[number % len(memory)] if options.reuse else FreshBuffers(pin=options.pin)
             yield reader.batch(rows, self.fields, out=out, as_stored=options.as_stored, asked=True)
 
-
     def _coming_shards(self) -> Callable[[int], None]:
         """What to call with each batch's number: of a cache at a URL it asks for the shards of batches to come."""
         store, size = self.cache.store, self.cache.manifest.dump.shard_rows

@@ -68,7 +68,9 @@ def labelled_rows(table: pa.Table, task: Task) -> np.ndarray:
     """(rows,) bool: which rows of a whole shard have a label of their own, or numbers for labels."""
     if task not in VECTOR_LABELS:
         return table.column("label").to_numpy() != NO_LABEL
-    numbers = [chunk.values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in table.column("labels").chunks]
+    numbers = [
+        chunk.values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in table.column("labels").chunks
+    ]
     return np.concatenate([~np.isnan(part).any(axis=1) for part in numbers])
 
 

@@ -1,7 +1,7 @@
 """A cache at a URL comes in, a cache in a folder goes out: what is missing or differs is fetched, the manifest last.
 
-What lies in the folder is hashed first, and fetched again where it is not what it must be; nothing that is right travels
-twice. What was pulled is an ordinary cache.
+What lies in the folder is hashed first, and fetched again where it is not what it must be; nothing that is right
+travels twice. What was pulled is an ordinary cache.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
     refuse_another(previous, remote.manifest, where=shown, remedy=f"{folder} is left as it is: choose another folder")
     if previous.complete:
         own = {name: (spec, previous.shards[name]) for name, spec in previous.fields.items()}
-        return with_fields(previous, {name: (wanted.fields[name], wanted.shards[name]) for name in chosen if name not in own})
+        return with_fields(
+            previous, {name: (wanted.fields[name], wanted.shards[name]) for name in chosen if name not in own}
+        )
     foreign = sorted(previous.fields.keys() - remote.manifest.fields.keys())
     if foreign:
         raise CacheError(
@@ -199,9 +201,7 @@ def _size_there(remote: Remote, name: str) -> int:
     return size
 
 
-def fetch_shard(
-    remote: Remote, folder: Path, name: str, shard: int, card: FieldCard | None, traffic: Traffic
-) -> int:
+def fetch_shard(remote: Remote, folder: Path, name: str, shard: int, card: FieldCard | None, traffic: Traffic) -> int:
     """Fetch a shard and write its receipt; the bytes that came, or what was there, below 0."""
     size, wanted = remote.manifest.shards[name].size(shard), remote.manifest.shards[name].hash(shard)
     receipt = to_json(remote.receipt(name, shard, card))
@@ -246,5 +246,3 @@ def finish(folder: Path, final: Manifest) -> None:
     (folder / RECEIPT).unlink(missing_ok=True)  # at no moment it speaks of another manifest
     write_file(folder / MANIFEST, data)
     write_file(folder / RECEIPT, to_json(folder_receipt(folder, data)))
-
-

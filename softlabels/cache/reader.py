@@ -302,7 +302,7 @@ class Cache:
 
     @property
     def _most_mapped(self) -> float:
-        """Bytes that may be mapped: of a cache at a URL that has no room here, a file that is mapped still takes room."""
+        """Bytes that may be mapped; of a cache at a URL, mapped files still take room after they were removed."""
         if self.store is None or self.store.bytes_of((EXAMPLES, *self.fields)) <= self.store.limit:
             return math.inf
         return 0.75 * self.store.limit

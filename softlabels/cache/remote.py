@@ -9,13 +9,13 @@
     tokenizer-…/ teacher-…/ processor-…/   the small folders, each named by its content
 
 Why folders are named by what is in them: no two pushes, whatever they push, ever write different bytes under one name.
-So of two pushes at once, of one cache or of two, each has all its files there before it puts its manifest, and the place
-holds one whole cache whichever manifest is put last. Two pushes of different fields of one cache end in both: each puts
-its field.json first, then the manifest of all fields that it finds, and looks again (`publish_manifest`). What the loser of two
-different caches left is in nobody's way. It needs no lock, no clock, and no more of a server than that what was put is
-seen; and of an interrupted push, what is there with the right size is whole.
+So of two pushes at once, of one cache or of two, each has all its files there before it puts its manifest, and the
+place holds one whole cache whichever manifest is put last. Two pushes of different fields of one cache end in both:
+each puts its field.json first, then the manifest of all fields that it finds, and looks again (`publish_manifest`).
+What the loser of two different caches left is in nobody's way. It needs no lock, no clock, and no more of a server than
+that what was put is seen; and of an interrupted push, what is there with the right size is whole.
 
-A cache's folder as it is, copied there by any tool or served by a web server, is read too: `Remote.named` is then false.
+A cache's folder as it is, copied there by any tool or served by a web server, is read too: `Remote.named` is false.
 Everything from there is a stranger's: JSON goes through pydantic, paths are checked, shards have the manifest's hashes.
 """
 
@@ -311,7 +311,9 @@ def _read_card(place: Place, folder: str) -> FieldCard:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         spot = ".".join(str(part) for part in first["loc"])
-        raise CacheError(f"{place.shown}/{name} is damaged or of another version: {spot}: {first['msg']}"[:1000]) from None
+        raise CacheError(
+            f"{place.shown}/{name} is damaged or of another version: {spot}: {first['msg']}"[:1000]
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------- publishing

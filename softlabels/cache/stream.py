@@ -115,8 +115,8 @@ class ShardStore:
         self._say(
             f"{self.url}: what is read here has {_show(size)}, more than the local cache of "
             f"{_show(self.limit)}: rows are shuffled within {window} of {count} shards at a time, and every epoch "
-            f"fetches them again. Give --cache-size {-(-int(size / 0.9) // 10**6) + 1}MB, or pull these fields, to fetch them "
-            f"once"
+            f"fetches them again. Give --cache-size {-(-int(size / 0.9) // 10**6) + 1}MB, or pull these fields, to fetch "
+            f"them once"
         )
         return window
 
@@ -224,7 +224,6 @@ class ShardStore:
                     with suppress(FileNotFoundError):
                         path.unlink()
                     total -= count
-
 
     def _recent(self) -> set[Path]:
         """The files that were asked for last, in half of the room: whoever asked for them is about to open them."""

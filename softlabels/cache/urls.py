@@ -75,7 +75,9 @@ class Place:
             start, _, query = url.partition("?")
             self.url, self._query = start.rstrip("/"), f"?{query}"
         if self.protocol in _KEYS and "@" in urlsplit(url).netloc:
-            raise ConfigError(f"{self.shown}: {self.protocol} takes no credentials in its URL. Give {_KEYS[self.protocol]}")
+            raise ConfigError(
+                f"{self.shown}: {self.protocol} takes no credentials in its URL. Give {_KEYS[self.protocol]}"
+            )
         self.given = url  # with what is secret of it
         self._local = threading.local()
         self._shared, self._root = self._connect()

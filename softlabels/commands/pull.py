@@ -16,15 +16,20 @@ def pull_command(
     url: Annotated[
         str, typer.Argument(metavar="URL", help="where the cache was pushed, or where its folder lies: also https://")
     ],
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="the folder; one that holds the same cache gets what it lacks")],
+    cache: Annotated[
+        Path, typer.Argument(metavar="CACHE", help="the folder; one that holds the same cache gets what it lacks")
+    ],
     field: Annotated[
         list[str] | None,
         typer.Option(
-            "--field", metavar="FIELD", help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated"
+            "--field",
+            metavar="FIELD",
+            help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated",
         ),
     ] = None,
     layer: Annotated[
-        list[int] | None, typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated")
+        list[int] | None,
+        typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated"),
     ] = None,
     rows: Annotated[
         str | None, typer.Option(metavar="A:B", help="only the rows from number A, the first is 0, to before B; 0:1000")
@@ -48,7 +53,9 @@ def pull_command(
 def _parse_rows(text: str) -> tuple[int | None, int | None]:
     found = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", text)
     if found is None:
-        raise ConfigError(f"--rows {text}: give two row numbers, the first row is 0 and the last one isn't taken: 0:1000")
+        raise ConfigError(
+            f"--rows {text}: give two row numbers, the first row is 0 and the last one isn't taken: 0:1000"
+        )
     return (int(found[1]) if found[1] else None, int(found[2]) if found[2] else None)
 
 

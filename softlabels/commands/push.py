@@ -11,15 +11,20 @@ import typer
 
 def push_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
-    url: Annotated[str, typer.Argument(metavar="URL", help="s3://, gs://, hf://, sftp://, file:// or any other of fsspec")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="s3://, gs://, hf://, sftp://, file:// or any other of fsspec")
+    ],
     field: Annotated[
         list[str] | None,
         typer.Option(
-            "--field", metavar="FIELD", help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated"
+            "--field",
+            metavar="FIELD",
+            help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated",
         ),
     ] = None,
     layer: Annotated[
-        list[int] | None, typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated")
+        list[int] | None,
+        typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated"),
     ] = None,
     compress: Annotated[
         bool | None,
@@ -44,7 +49,9 @@ def push_command(
     from softlabels.cache.push import push
     from softlabels.commands.show import print_report
 
-    report = push(cache, url, fields=field or None, layers=layer or None, compress=compress, check=check, threads=threads)
+    report = push(
+        cache, url, fields=field or None, layers=layer or None, compress=compress, check=check, threads=threads
+    )
     print_report(asdict(report), as_json=as_json)
 
 
