@@ -300,7 +300,7 @@ class CombinedCache(Cache):
     def reader(self) -> CombinedReader:  # type: ignore[override]  # the part of a BatchReader that batches need
         return CombinedReader(self)
 
-    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[list[str | Path], CombineOptions]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[list[str | Path], CombineOptions]]:
         return open_combined, ([cache.given for cache in self.combination.caches], self.combination.mixing.options)
 
 

@@ -115,8 +115,8 @@ class ShardStore:
         self._say(
             f"{self.url}: what is read here has {_show(size)}, more than the local cache of "
             f"{_show(self.limit)}: rows are shuffled within {window} of {count} shards at a time, and every epoch "
-            f"fetches them again. Give --cache-size {-(-int(size / 0.9) // 10**6) + 1}MB, or pull these fields, to fetch "
-            f"them once"
+            f"fetches them again. To fetch them once, pull these fields, or give --cache-size "
+            f"{-(-int(size / 0.9) // 10**6) + 1}MB"
         )
         return window
 
@@ -213,7 +213,7 @@ class ShardStore:
         with self._making_room:
             files = sorted(_files_in(self.room))
             total = sum(count for _, count, _ in files) + size
-            kept = self._recent() if total > self.limit else set()
+            kept: set[Path] = self._recent() if total > self.limit else set()
             for used, count, path in files:
                 if total <= self.limit:
                     return

@@ -35,11 +35,11 @@ def is_url(place: str | Path) -> bool:
 def redact(url: str) -> str:
     """`url` as it may be printed and stored: without what stands before an @, and without the values of its query."""
     scheme, _, rest = url.partition("://")
-    rest = re.split(r"[?#]", rest, maxsplit=1)
-    before, slash, path = rest[0].partition("/")
+    whole = re.split(r"[?#]", rest, maxsplit=1)
+    before, slash, path = whole[0].partition("/")
     name, at, host = before.rpartition("@")
     shown = "" if not at else (f"{name}@" if scheme in ("sftp", "ssh") and ":" not in name else "***@")
-    return f"{scheme}://{shown}{host}{slash}{path}" + ("?***" if len(rest) > 1 else "")
+    return f"{scheme}://{shown}{host}{slash}{path}" + ("?***" if len(whole) > 1 else "")
 
 
 def hide(text: str, url: str) -> str:

@@ -412,7 +412,7 @@ def test_two_pushes_of_one_cache_at_once(cache: Path, bucket: str, tmp_path: Pat
 @pytest.mark.parametrize("turn", range(4))
 def test_pushes_of_different_fields_at_once_end_in_all_of_them(cache: Path, tmp_path: Path, turn: int):
     url = f"file://{tmp_path}/there"
-    assert at_once(*(lambda name=name: push(cache, url, fields=[name]) for name in FIELDS)) == [None] * 3  # type: ignore[misc]
+    assert at_once(*(lambda name=name: push(cache, url, fields=[name]) for name in FIELDS)) == [None] * 3
     pull(url, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(cache)
 
