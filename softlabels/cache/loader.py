@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _READY = 1  # batches that wait for the consumer, while one more is being built and one is in use
 _FETCHED_AHEAD = 100  # batches whose shards are asked for, of a cache at a URL
-_AHEAD = 8  # batches whose pages are asked for before they are copied
+READ_AHEAD = 8  # batches whose pages are asked for before they are copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class CacheLoader:
         options, reader = self.options, self.cache.reader
         memory = [Buffers(pin=options.pin) for _ in range(2 + _READY if options.prefetch else 1)]
         coming = self._coming_shards()
-        for rows in self.batches[: _AHEAD - 1]:
+        for rows in self.batches[: READ_AHEAD - 1]:
             coming(0)
             reader.expect(rows, self.fields)
         for number, rows in enumerate(self.batches):
             coming(number)
-            if number + _AHEAD - 1 < len(self.batches):
-                reader.expect(self.batches[number + _AHEAD - 1], self.fields)
+            if number + READ_AHEAD - 1 < len(self.batches):
+                reader.expect(self.batches[number + READ_AHEAD - 1], self.fields)
             out = memory[number % len(memory)] if options.reuse else FreshBuffers(pin=options.pin)
             yield reader.batch(rows, self.fields, out=out, as_stored=options.as_stored, asked=True)
 

@@ -22,7 +22,7 @@ from softlabels.cache.batches import LABELS, BatchReader, CacheBatch
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
 from softlabels.cache.gather import Buffers, FreshBuffers
-from softlabels.cache.loader import CacheLoader, LoadOptions
+from softlabels.cache.loader import READ_AHEAD, CacheLoader, LoadOptions
 from softlabels.cache.shards import check_lengths, check_size, count_targets, open_shard
 from softlabels.cache.urls import is_url
 from softlabels.cache.writer import SCALE, read_channels
@@ -285,14 +285,17 @@ class Cache:
         mixing is said at `softlabels.tokens.windowed_batches`.
         """
         rows, rng = np.asarray(rows, np.int64), np.random.default_rng([seed, epoch])
-        lengths = self.lengths[rows]
-        if window is None and self.store is not None:
-            window = self.store.window(fields)
+        lengths, group = self.lengths[rows], 50
+        if window is None and self.store is not None and (room := self.store.window(fields)) is not None:
+            # batches of `group` are shuffled once more, and some are read ahead: that needs shards beside the window
+            size = self.manifest.dump.shard_rows
+            group = max(1, min(group, room // 4 * size // batch_size))
+            window = max(1, room - -(-(group + READ_AHEAD) * batch_size // size))
         if window is None:
             batches = shuffled_batches(lengths, batch_size=batch_size, rng=rng)
         else:
             shards = rows // self.manifest.dump.shard_rows
-            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window)
+            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window, group=group)
         return CacheLoader(self, [rows[numbers] for numbers in batches], fields, options or LoadOptions())
 
     @cached_property

@@ -114,9 +114,9 @@ class ShardStore:
             )
         self._say(
             f"{self.url}: what is read here has {_show(size)}, more than the local cache of "
-            f"{_show(self.limit)}: rows are shuffled within {window} of {count} shards at a time, and every epoch "
+            f"{_show(self.limit)}: rows are shuffled within at most {window} of {count} shards at a time, and every epoch "
             f"fetches them again. To fetch them once, pull these fields, or give --cache-size "
-            f"{-(-int(size / 0.9) // 10**6) + 1}MB"
+            f"{-(-int(size / 0.9) // 10**6)}MB"
         )
         return window
 
