@@ -25,7 +25,7 @@ from softlabels.cache.urls import Failed, Patience, Place, _Stopped
 from softlabels.errors import CacheError
 
 THREADS = 8  # files at a time
-_LEAST, _FIRST, _MOST = 1 << 18, 1 << 22, 1 << 24  # bytes asked for at a time
+_LEAST, _FIRST, _MOST = 1 << 18, 1 << 22, 1 << 25  # bytes asked for at a time
 _SECONDS = 2.0  # that one request is meant to take: so much is lost where a connection breaks
 _HASHED = 1 << 20
 
@@ -163,25 +163,26 @@ def _fetch(place: Place, file: RemoteFile, handle: int, traffic: Traffic) -> str
     while count := os.readv(handle, [view]):
         hasher.update(view[:count])
     traffic.skip(have)
-    patience, ask = Patience(), _FIRST
+    patience, ask = Patience(), min(place.ask or _FIRST, _MOST)
     while have < file.size:
         stop = min(have + ask, file.size)
         data, seconds = _ask(place, file, have, stop, patience)
         if traffic.stopped.is_set():
             raise _Stopped
         if data is None:
-            ask = max(_LEAST, ask // 4)
+            place.ask = ask = max(_LEAST, ask // 4)
             continue
+        if stop - have == ask:
+            place.ask = ask = int(min(_MOST, max(_LEAST, min(4 * ask, ask * _SECONDS / seconds))))
         if len(data) == file.size != stop - have:  # a server that knows no ranges gives all there is
-            data = data[have:]
+            data, stop = data[have:], file.size
         elif len(data) != stop - have:
             raise CacheError(f"{place.shown}/{file.name} has not the {file.size:,} bytes that it must have")
-        os.pwrite(handle, data, have) if len(data) < _HASHED else _write_all(handle, data, have)
+        _write_all(handle, data, have)
         hasher.update(data)
-        have += len(data)
+        have = stop
         traffic.add(len(data))
         patience.progressed()
-        ask = int(min(_MOST, max(_LEAST, 2 * ask if seconds < _SECONDS / 2 else ask * _SECONDS / seconds)))
     return hasher.hexdigest()
 
 

@@ -69,6 +69,7 @@ class Place:
     def __init__(self, url: str) -> None:
         self.url, self.shown = url.rstrip("/"), redact(url.rstrip("/"))
         self.protocol = url.partition("://")[0].lower()
+        self.ask = 0  # bytes to ask for at a time, as it went so far; 0 before anything came
         self.answered = False  # whether anything at all was ever heard from there
         self._query = ""
         if self.protocol in ("http", "https") and "?" in url:
