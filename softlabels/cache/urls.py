@@ -67,6 +67,11 @@ class Place:
     """A folder at a URL; `name`s are paths inside it. Safe to use from several threads."""
 
     def __init__(self, url: str) -> None:
+        if not is_url(url):
+            raise ConfigError(
+                f"{url} is no URL: give one that fsspec knows, such as s3://bucket/name, sftp://host/folder or, for a "
+                f"folder of this machine, file://{Path(url).absolute()}"
+            )
         self.url, self.shown = url.rstrip("/"), redact(url.rstrip("/"))
         self.protocol = url.partition("://")[0].lower()
         self.ask = 0  # bytes to ask for at a time, as it went so far; 0 before anything came

@@ -19,6 +19,7 @@ from softlabels.cache.remote import open_remote
 from softlabels.cache.settings import folder_receipt
 from softlabels.cache.urls import Place, hide, redact
 from softlabels.cache.verify import verify_cache
+from softlabels.cli import _guarded
 from softlabels.errors import CacheError, ConfigError, SoftlabelsError
 from tests.cache.made import rows_of, write_cache
 from tests.models import tiny_tokenizer
@@ -534,3 +535,30 @@ def test_unknown_protocols_and_packages(cache: Path):
         push(cache, "s4://bucket/x")
     with pytest.raises(ConfigError, match=r"softlabels\[share\]"):
         push(cache, "lakefs://repository/main/x")
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def test_the_commands(cache: Path, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = _guarded([str(argument) for argument in arguments], debug=False)
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    code, out, _ = run("push", cache, f"{bucket}/x", "--field", "logits", "--field", "hidden.06", "--json")
+    assert code == 0 and json.loads(out)["fields"] == ["hidden.06", "logits"]
+    code, out, _ = run("pull", f"{bucket}/x", tmp_path / "back", "--field", "logits", "--rows", "5:25")
+    assert code == 0 and "rows           20" in out
+    code, out, _ = run("info", f"{bucket}/x", "--json")
+    assert code == 0 and sorted(json.loads(out)["fields"]) == ["hidden.06", "logits"]
+    for arguments, words in (
+        (("pull", f"{bucket}/x", tmp_path / "no", "--rows", "5-25"), "--rows 5-25: give two row numbers"),
+        (("pull", f"{bucket}/x", tmp_path / "no", "--rows", "50:90"), "has the rows 0:60"),
+        (("pull", f"{bucket}/nothing", tmp_path / "no"), "no cache at"),
+        (("push", tmp_path / "no", f"{bucket}/x"), "no such folder"),
+        (("push", cache, "cache-of-mine"), "is no URL"),
+        (("pull", tmp_path / "no", tmp_path / "back"), "is no URL"),
+    ):
+        code, out, told = run(*arguments)
+        assert code == 2 and not out and told.startswith("error: ") and words in told, told
