@@ -30,8 +30,8 @@ def push_command(
         bool | None,
         typer.Option(
             "--compress/--no-compress",
-            help="pack float fields for the way, high and low bytes apart (zstd): a third less of float16; other tools "
-            "then can't read them there. By default only where it makes the push faster",
+            help="pack float fields for the way, high and low bytes apart (zstd): 15 % less of float16, 30 % of "
+            "bfloat16; other tools then can't read them there. By default only where it makes the push faster",
         ),
     ] = None,
     check: Annotated[

@@ -74,7 +74,9 @@ def main() -> None:
     rates = {name: size / 1e6 / statistics.median(found) for name, found in seconds.items()}
     print(f"{size / 1e6:,.0f} MB in shards of {SHARD_MB} MB, {options.repeats} turns")
     for name, other in (("push", "s3fs put"), ("pull", "s3fs get")):
-        print(f"{name:5} {rates[name]:7.1f} MB/s   {other:9} {rates[other]:7.1f} MB/s   ratio {rates[name] / rates[other]:.2f}")
+        print(
+            f"{name:5} {rates[name]:7.1f} MB/s   {other:9} {rates[other]:7.1f} MB/s   ratio {rates[name] / rates[other]:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -132,14 +132,18 @@ def test_a_student_from_a_url_is_the_one_from_the_folder(tmp_path: Path, quick: 
     options = softlabels.DumpOptions(capture=["logits"], shard_rows=8)
     softlabels.dump(read_corpus(str(corpus)), teacher=str(teacher), out=tmp_path / "cache", options=options)
     push(tmp_path / "cache", f"file://{tmp_path}/there")
-    student = softlabels.StudentOptions(student="bilstm", epochs=1, losses={"kl": 1.0}, options={"hidden_size": 8, "embedding_dim": 8})
+    student = softlabels.StudentOptions(
+        student="bilstm", epochs=1, losses={"kl": 1.0}, options={"hidden_size": 8, "embedding_dim": 8}
+    )
     for name, where in (("here", tmp_path / "cache"), ("url", f"file://{tmp_path}/there")):
         softlabels.train_student(open_cache(where), out=tmp_path / name, options=student, cpu=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("here", "url")]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize(("text", "size"), [("20GB", 20 * 10**9), ("500 mb", 5 * 10**8), ("1.5g", 15 * 10**8), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GB", 20 * 10**9), ("500 mb", 5 * 10**8), ("1.5g", 15 * 10**8), ("7", 7)]
+)
 def test_sizes(text: str, size: int):
     assert parse_size(text) == size
 
