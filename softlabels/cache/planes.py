@@ -1,9 +1,10 @@
 """Arrow files packed for the way: bytes of one rank of every number together, each kind compressed by zstd.
 
-The high bytes of float16, bfloat16 and float32 are much alike and the low ones are noise. Of MiniLM's hidden states 15 %
-of float16 are saved so and 30 % of bfloat16, where zstd on the file as it is saves 7 % of float16. A packed file is the mark, then for each 4 MiB of the file and
-each of the `stride` planes of it: bytes of the frame as 4 little-endian bytes, and the zstd frame. Nothing of a packed
-file is trusted: no block can unpack to more than its 4 MiB.
+The high bytes of float16, bfloat16 and float32 are much alike and the low ones are noise. Of MiniLM's hidden states
+15 % of float16 are saved so and 30 % of bfloat16, where zstd on the file as it is saves 7 % of float16.
+
+A packed file is the mark, then for each 4 MiB of the file and each of the `stride` planes of it: bytes of the frame as
+4 little-endian bytes, and the zstd frame. Nothing of a packed file is trusted: no block unpacks to more than its 4 MiB.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ class ShardStore:
             )
         self._say(
             f"{self.url}: what is read here has {_show(size)}, more than the local cache of "
-            f"{_show(self.limit)}: rows are shuffled within at most {window} of {count} shards at a time, and every epoch "
-            f"fetches them again. To fetch them once, pull these fields, or give --cache-size "
+            f"{_show(self.limit)}: rows are shuffled within at most {window} of {count} shards at a time, and every "
+            f"epoch fetches them again. To fetch them once, pull these fields, or give --cache-size "
             f"{-(-int(size / 0.9) // 10**6)}MB"
         )
         return window
@@ -227,7 +227,8 @@ class ShardStore:
 
     def _recent(self) -> set[Path]:
         """The files that were asked for last, in half of the room: whoever asked for them is about to open them."""
-        kept, left = set(), self.limit // 2
+        kept: set[Path] = set()
+        left = self.limit // 2
         with self._lock:
             keys = [*self._coming, *reversed(self._asked)]
         for key in keys:

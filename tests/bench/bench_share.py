@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +64,21 @@ def main() -> None:
                 boto3.client("s3").create_bucket(Bucket="bench")
                 fs = s3fs.S3FileSystem(skip_instance_cache=True)
                 back = [Path(place, f"back-{turn}-{name}") for name in ("s3fs", "pull")]
-                seconds["s3fs put"].append(timed(lambda fs=fs: fs.put(f"{cache}/", "bench/plain/", recursive=True)))
-                seconds["push"].append(timed(lambda: push(cache, "s3://bench/pushed", compress=False)))
-                seconds["s3fs get"].append(
-                    timed(lambda fs=fs, to=back[0]: fs.get("bench/plain/", f"{to}/", recursive=True))
-                )
-                seconds["pull"].append(timed(lambda to=back[1]: pull("s3://bench/pushed", to)))
+                acts: dict[str, Callable[[], object]] = {
+                    "s3fs put": partial(fs.put, f"{cache}/", "bench/plain/", recursive=True),
+                    "push": partial(push, cache, "s3://bench/pushed", compress=False),
+                    "s3fs get": partial(fs.get, "bench/plain/", f"{back[0]}/", recursive=True),
+                    "pull": partial(pull, "s3://bench/pushed", back[1]),
+                }
+                for name, act in acts.items():
+                    seconds[name].append(timed(act))
                 for folder in back:
                     shutil.rmtree(folder)
     rates = {name: size / 1e6 / statistics.median(found) for name, found in seconds.items()}
     print(f"{size / 1e6:,.0f} MB in shards of {SHARD_MB} MB, {options.repeats} turns")
     for name, other in (("push", "s3fs put"), ("pull", "s3fs get")):
-        print(
-            f"{name:5} {rates[name]:7.1f} MB/s   {other:9} {rates[other]:7.1f} MB/s   ratio {rates[name] / rates[other]:.2f}"
-        )
+        ratio = rates[name] / rates[other]
+        print(f"{name:5} {rates[name]:7.1f} MB/s   {other:9} {rates[other]:7.1f} MB/s   ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":
