@@ -76,7 +76,7 @@ class ShardStore:
         self._asked: OrderedDict[tuple[str, int], None] = OrderedDict()  # the last ones
         self._came: set[tuple[str, int]] = set()
         self._waiting: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
-        self._workers = 0
+        self._workers = self._reserved = 0
         self._said: set[str] = set()
 
     def card(self, name: str) -> FieldCard | None:
@@ -178,10 +178,11 @@ class ShardStore:
             self._bring(key, self._coming[key])
 
     def _bring(self, key: tuple[str, int], coming: _Coming) -> None:
+        (name, shard), size = key, 0
         try:
-            name, shard = key
             file = self.remote.shard(name, shard, self._cards[name])
-            self._make_room(self.manifest.shards[name].size(shard))
+            size = self.manifest.shards[name].size(shard)
+            self._make_room(size)
             download(self.remote.place, file, shard_file(self.folder, name, shard), traffic=Traffic())
             if key in self._came and not self._said:
                 self._say(
@@ -194,6 +195,7 @@ class ShardStore:
         finally:
             with self._lock:
                 self._coming.pop(key, None)
+                self._reserved -= size
             coming.there.set()
 
     def _is_here(self, key: tuple[str, int]) -> bool:
@@ -212,7 +214,9 @@ class ShardStore:
         """Remove what was not used for longest until `size` bytes more have room, as far as that is possible."""
         with self._making_room:
             files = sorted(_files_in(self.room))
-            total = sum(count for _, count, _ in files) + size
+            with self._lock:
+                self._reserved += size  # for all that is on its way, until it is a file or has failed
+                total = sum(count for _, count, _ in files) + self._reserved
             kept: set[Path] = self._recent() if total > self.limit else set()
             for used, count, path in files:
                 if total <= self.limit:
