@@ -47,6 +47,8 @@ _PUBLIC = {
     "combine": "softlabels.cache.combine",
     "concatenate": "softlabels.cache.concatenate",
     "open_combined": "softlabels.cache.combined",
+    "push": "softlabels.cache.push",
+    "pull": "softlabels.cache.pull",
     "CombineOptions": "softlabels.config",
     "train_student": "softlabels.train",
     "train_joint": "softlabels.joint",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from softlabels.cache.combine import combine as combine
     from softlabels.cache.combined import open_combined as open_combined
     from softlabels.cache.concatenate import concatenate as concatenate
+    from softlabels.cache.pull import pull as pull
+    from softlabels.cache.push import push as push
     from softlabels.config import AugmentOptions as AugmentOptions
     from softlabels.config import CombineOptions as CombineOptions
     from softlabels.config import DumpOptions as DumpOptions

@@ -24,6 +24,8 @@ from typer.exceptions import TyperException
 from softlabels.commands import card, sign, sweep
 from softlabels.commands import evaluate as evaluate_command
 from softlabels.commands import report as report_command
+from softlabels.commands.pull import PULL_EXAMPLES, pull_command
+from softlabels.commands.push import PUSH_EXAMPLES, push_command
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -793,13 +795,23 @@ def _combine_options(
     return build_options(CombineOptions, {key: value for key, value in given.items() if value is not None}, where=where)
 
 
-@app.command(epilog="Example:  softlabels info cache")
-def info(cache: Annotated[Path, typer.Argument(metavar="CACHE")], as_json: Json = False) -> None:
+@app.command(epilog="Examples:  softlabels info cache   |   softlabels info s3://bucket/sst2")
+def info(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="a folder, or the URL that it was pushed to")],
+    as_json: Json = False,
+) -> None:
     """What a cache holds, from what, how large."""
     from softlabels.cache.format import read_manifest
     from softlabels.cache.info import describe
+    from softlabels.cache.urls import is_url
 
-    facts = describe(read_manifest(cache))
+    if is_url(cache):
+        from softlabels.cache.remote import open_remote
+
+        manifest = open_remote(cache).manifest
+    else:
+        manifest = read_manifest(Path(cache))
+    facts = describe(manifest)
     if as_json:
         _print_json(facts)
         return
@@ -958,13 +970,16 @@ def _verify_live(
     epilog="Examples:  softlabels train-student cache --student bilstm --out runs/bilstm "
     "--loss kl=0.7 --loss ce=0.3 --temperature 3   |   softlabels train-student cache-a cache-b cache-c --mean "
     "probabilities --student bilstm --out runs/taught-by-three   |   accelerate launch --multi_gpu --num_processes 4 "
-    "-m softlabels train-student cache --student transformer --out runs/four",
+    "-m softlabels train-student cache --student transformer --out runs/four   |   softlabels train-student "
+    "s3://bucket/sst2 --student bilstm --out runs/from-s3",
 )
 def train_student_command(
     caches: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="CACHE ...", help="a cache, or several: then what their teachers say together, as combine has it"
+            metavar="CACHE ...",
+            help="a cache, or several: then what their teachers say together, as combine has it; a folder, or the URL "
+            "that it was pushed to, of which only what is read is fetched",
         ),
     ],
     out: Annotated[Path, typer.Option(help="the run folder that the student leaves")],
@@ -1028,6 +1043,14 @@ def train_student_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="of caches at a URL: the local cache in ~/.cache/softlabels (or $SOFTLABELS_CACHE) has at most so "
+            "much, e.g. 50GB; by default $SOFTLABELS_CACHE_SIZE, or 10GB",
+        ),
+    ] = None,
     mean: Mean = None,
     weights: Weights = None,
     choose: Choose = None,
@@ -1073,11 +1096,16 @@ def train_student_command(
         raise ConfigError(f"{_OPTION[min(combining.model_fields_set)]} combines several caches, and one is given")
     from softlabels.cache import open_cache
     from softlabels.cache.combined import open_combined
+    from softlabels.cache.stream import parse_size
     from softlabels.corpus import read_corpus
     from softlabels.train import train_student
     from softlabels.training.processes import is_first_process
 
-    opened = open_cache(caches[0]) if len(caches) == 1 else open_combined(caches, combining)
+    room = None if cache_size is None else parse_size(cache_size)
+    if len(caches) == 1:
+        opened = open_cache(caches[0], cache_size=room)
+    else:
+        opened = open_combined(caches, combining, cache_size=room)
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
     if is_first_process():
@@ -1313,6 +1341,10 @@ def _read_lines() -> list[str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from None
     return [line.removesuffix("\r") for line in whole.removesuffix("\n").split("\n")] if whole else []
+
+
+app.command("push", epilog=PUSH_EXAMPLES)(push_command)
+app.command("pull", epilog=PULL_EXAMPLES)(pull_command)
 
 
 # -------------------------------------------------------------------------------------------------------- printing

@@ -33,7 +33,7 @@ def teaching_rows(cache: Cache, objective: Objective, *, first: int | None = Non
     kept = rows if first is None else rows[rows < first]
     if not len(kept):
         raise CacheError(
-            f"none of the first {first:,} rows of cache {cache.path} can teach this; the first that can is number "
+            f"none of the first {first:,} rows of cache {cache.shown} can teach this; the first that can is number "
             f"{rows[0] + 1:,}. Give more --rows"
         )
     return kept
@@ -41,22 +41,22 @@ def teaching_rows(cache: Cache, objective: Objective, *, first: int | None = Non
 
 def _teaching_rows(cache: Cache, objective: Objective) -> np.ndarray:
     if cache.rows < 2:
-        raise CacheError(f"cache {cache.path} has one row only: there is nothing to learn from it. Dump more rows")
+        raise CacheError(f"cache {cache.shown} has one row only: there is nothing to learn from it. Dump more rows")
     if objective.language:
         targets = np.flatnonzero(labelled_rows(cache))
         if not len(targets):
-            raise CacheError(f"no row of cache {cache.path} has a token to predict: dump longer texts")
+            raise CacheError(f"no row of cache {cache.shown} has a token to predict: dump longer texts")
         return targets
     labelled = np.flatnonzero(labelled_rows(cache)) if objective.needs_labels else np.array([], np.int64)
     if objective.needs_labels and not len(labelled):
         raise CacheError(
-            f"loss 'ce' needs labels; no row of cache {cache.path} has one. Leave --loss ce out, or dump labelled rows"
+            f"loss 'ce' needs labels; no row of cache {cache.shown} has one. Leave --loss ce out, or dump labelled rows"
         )
     if objective.needs_teacher:
         return np.arange(cache.rows)
     if len(np.unique(cache.labels[labelled])) < 2:
         raise CacheError(
-            f"the labelled rows of cache {cache.path} are all of one class: there is nothing to tell apart"
+            f"the labelled rows of cache {cache.shown} are all of one class: there is nothing to tell apart"
         )
     return labelled
 
@@ -83,7 +83,7 @@ def split_rows(
     splits = [Split(phase[~held_out[phase]], phase[held_out[phase]], []) for phase in rows]
     if not all(len(split.train) for split in splits):
         raise CacheError(
-            f"all labelled rows of cache {cache.path} are held out: give --eval, or a smaller --validation"
+            f"all labelled rows of cache {cache.shown} are held out: give --eval, or a smaller --validation"
         )
     return splits
 

@@ -24,16 +24,19 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_TESTS = (
+# what `make test` installs, and what that brings
+FOR_TESTS = ("demo", "images", "augment", "ray", "report", "share", "sweep", "dev")
+BROUGHT = (
     "demo",
     "images",
     "augment",
+    "export",
     "ray",
     "report",
+    "share",
+    "sign",
     "sweep",
-    "dev",
-)  # what `make test` installs, and some that it brings
-BROUGHT = ("demo", "images", "augment", "export", "ray", "report", "sign", "sweep")  # what softlabels/ may import
+)  # what softlabels/ may import
 PLUGINS = {"tensorboard"}  # needed, but imported by others: torch writes the logs that Accelerate asks for
 
 

@@ -146,14 +146,14 @@ def small_files(cache: Cache) -> list[str]:
     return [name for part in ("processor", "teacher", "tokenizer") for name in settings_files(cache.path, part)]
 
 
-def write_shards(build: CacheBuild, write) -> int:
+def write_shards(build: CacheBuild, write, *, description: str = "combine") -> int:
     """Call `write(shard, missing fields)` for each shard that misses some, some at a time; the rows that they have."""
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
     rows = {shard: min(size, total - shard * size) for shard in missing}
     new = sum(rows.values())
     with (
-        progress(total, description="combine", done=total - new) as update,
+        progress(total, description=description, done=total - new) as update,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="softlabels-combine") as pool,
     ):
         for shard, _ in zip(missing, pool.map(write, missing.keys(), missing.values()), strict=True):
@@ -168,6 +168,7 @@ def open_whole(cache: Cache, field: str, shard: int) -> pa.Table:
 
 def map_whole(cache: Cache, field: str, shard: int) -> pa.Buffer:
     """The mapped bytes of a shard, hashed; CacheError where they are not those that were written."""
+    cache.have(field, shard)
     data = map_shard(cache.path, cache.manifest, field, shard)
     if xxhash.xxh3_128(data).hexdigest() != cache.manifest.shards[field].hash(shard):
         raise damaged(cache, field, shard)
@@ -296,6 +297,7 @@ class _Writer:
 
     def _examples(self, shard: int, rows: np.ndarray) -> list[pa.Table]:
         if self.whole:
+            self.first.have(EXAMPLES, shard)
             return [open_shard(self.first.path, self.first.manifest, EXAMPLES, shard)]
         own, size = self.plan.join.rows_of(0, rows), self.first.manifest.dump.shard_rows
         return [

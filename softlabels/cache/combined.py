@@ -23,6 +23,7 @@ from softlabels.cache.gather import Buffers, FreshBuffers
 from softlabels.cache.join import BY_TOKENS, Join, join_caches, told_by
 from softlabels.cache.mixing import MIXABLE, Mixing, plan_mixing
 from softlabels.cache.reader import Cache, open_cache
+from softlabels.cache.urls import is_url
 from softlabels.config import CombineOptions, fingerprint
 from softlabels.errors import CacheError, ConfigError
 from softlabels.types import NO_LABEL, TOKEN_LABELS, VECTOR_LABELS, Signals, TokenBatch, TokenSequence
@@ -108,15 +109,15 @@ def part_of(cache: Cache, weight: float | None) -> CombinedPart:
     )
 
 
-def open_several(paths: Sequence[str | Path]) -> list[Cache]:
+def open_several(paths: Sequence[str | Path], *, cache_size: int | None = None) -> list[Cache]:
     """The finished caches at `paths`; ConfigError where there are fewer than two, or one is named twice."""
     if len(paths) < 2:
         raise ConfigError("combining takes two caches or more: name them one after the other")
-    places = [Path(path).resolve() for path in paths]
+    places = [str(path) if is_url(path) else Path(path).resolve() for path in paths]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ConfigError(f"cache {paths[number]} is named twice: to have it count for more, give --weights")
-    return [open_cache(path) for path in paths]
+    return [open_cache(path, cache_size=cache_size) for path in paths]
 
 
 def plan_combination(caches: Sequence[Cache], options: CombineOptions) -> Combination:
@@ -190,9 +191,14 @@ def _some(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------- as it is read
 
 
-def open_combined(paths: Sequence[str | Path], options: CombineOptions | None = None) -> CombinedCache:
-    """Several caches as one for a training, mixed as they are read; CacheError where they can't be."""
-    return CombinedCache(plan_combination(open_several(paths), options or CombineOptions()))
+def open_combined(
+    paths: Sequence[str | Path], options: CombineOptions | None = None, *, cache_size: int | None = None
+) -> CombinedCache:
+    """Several caches as one for a training, mixed as they are read; CacheError where they can't be.
+
+    `cache_size` is for those at a URL, see `open_cache`.
+    """
+    return CombinedCache(plan_combination(open_several(paths, cache_size=cache_size), options or CombineOptions()))
 
 
 class CombinedCache(Cache):
@@ -294,8 +300,8 @@ class CombinedCache(Cache):
     def reader(self) -> CombinedReader:  # type: ignore[override]  # the part of a BatchReader that batches need
         return CombinedReader(self)
 
-    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[list[Path], CombineOptions]]:  # type: ignore[override]
-        return open_combined, ([cache.path for cache in self.combination.caches], self.combination.mixing.options)
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[list[str | Path], CombineOptions]]:
+        return open_combined, ([cache.given for cache in self.combination.caches], self.combination.mixing.options)
 
 
 class CombinedReader:

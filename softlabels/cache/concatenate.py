@@ -8,10 +8,11 @@ straight to their places in the new ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -58,11 +59,11 @@ def concatenate(caches: Sequence[str | Path], *, out: Path) -> CombineReport:
     for other in opened[1:]:
         _check_same(opened[0], other)
     manifest = _manifest(opened)
-    pieces = _Pieces(opened, manifest)
+    pieces = _AllRows(opened, manifest)
     _check_int8(pieces)
     _check_ids(opened)
     with derive_cache(Path(out), manifest, source=opened[0].path, files=small_files(opened[0])) as build:
-        new_rows = write_shards(build, _Writer(pieces, build).write)
+        new_rows = write_shards(build, PieceWriter(pieces, build).write)
         final = build.finish()
     return CombineReport(
         cache=Path(out),
@@ -144,7 +145,7 @@ def _check_ids(caches: Sequence[Cache]) -> None:
     )
 
 
-def _check_int8(pieces: _Pieces) -> None:
+def _check_int8(pieces: _AllRows) -> None:
     """int8 has scales a file: rows of two files in one would have to be rounded once more."""
     int8 = [name for name, spec in pieces.manifest.fields.items() if spec.type == "int8"]
     size = pieces.manifest.dump.shard_rows
@@ -178,7 +179,7 @@ def _manifest(caches: Sequence[Cache]) -> Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Rows `start` to `stop` of a shard of one of the caches."""
 
     cache: Cache
@@ -191,43 +192,55 @@ class _Piece:
         return self.start == 0 and self.stop == self.cache.manifest.shard_rows[self.shard]
 
 
-class _Pieces:
-    """Which rows of which shards each shard of the result consists of."""
+class Pieces(Protocol):
+    """Which rows of which shards each shard of a result consists of."""
+
+    caches: Sequence[Cache]
+
+    def of(self, shard: int) -> list[Piece]: ...
+
+
+class _AllRows:
+    """All rows of several caches."""
 
     def __init__(self, caches: Sequence[Cache], manifest: Manifest) -> None:
         self.caches, self.manifest = caches, manifest
         self.starts = [0, *accumulate(cache.rows for cache in caches)]  # of each cache, among all rows
 
-    def of(self, shard: int) -> list[_Piece]:
+    def of(self, shard: int) -> list[Piece]:
         size = self.manifest.dump.shard_rows
         first, last = shard * size, min((shard + 1) * size, self.starts[-1])
         return [
             piece
             for cache, start in zip(self.caches, self.starts, strict=False)
-            for piece in _cut(cache, max(first - start, 0), min(last - start, cache.rows))
+            for piece in cut_pieces(cache, max(first - start, 0), min(last - start, cache.rows))
         ]
 
 
-def _cut(cache: Cache, first: int, last: int) -> Iterator[_Piece]:
-    """Rows `first` to `last` of a cache, shard by shard; none where `last` comes before."""
+def cut_pieces(cache: Cache, first: int, last: int) -> Iterator[Piece]:
+    """Rows `first` to before `last` of a cache, shard by shard; none where `last` comes before."""
     size = cache.manifest.dump.shard_rows
     while first < last:
         shard, start = divmod(first, size)
         stop = min(size, start + last - first)
-        yield _Piece(cache, shard, start, stop)
+        yield Piece(cache, shard, start, stop)
         first += stop - start
 
 
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-class _Writer:
-    """Writes the shards of the result."""
+class PieceWriter:
+    """Writes the shards of a result. `counts`: of a cache's field what each shard's receipt counts, as `counted`."""
 
-    def __init__(self, pieces: _Pieces, build: CacheBuild) -> None:
+    def __init__(
+        self, pieces: Pieces, build: CacheBuild, *, counts: Mapping[tuple[Path, str], Mapping[int, int]] | None = None
+    ) -> None:
         self.pieces, self.build = pieces, build
-        self.counted = {
-            (cache.path, field): counted(cache, field) for cache in pieces.caches for field in (EXAMPLES, *cache.fields)
+        self.counted = counts or {
+            (cache.path, field): dict(enumerate(counted(cache, field)))
+            for cache in pieces.caches
+            for field in (EXAMPLES, *cache.fields)
         }
 
     def write(self, shard: int, missing: Sequence[str]) -> None:
@@ -257,7 +270,7 @@ class _Writer:
         self,
         writer: FieldShard,
         field: str,
-        piece: _Piece,
+        piece: Piece,
         first: int,
         tokens: np.ndarray,
         targets: np.ndarray | None,
@@ -273,12 +286,18 @@ class _Writer:
             writer.put_run(first, flat(batch.column(field)), scales=scales, rows=len(batch))
             first += len(batch)
 
-    def _count(self, field: str, pieces: Sequence[_Piece]) -> int:
-        """What the receipts of these shards count; a shard's count goes where its first row goes."""
-        return sum(self.counted[piece.cache.path, field][piece.shard] for piece in pieces if piece.start == 0)
+    def _count(self, field: str, pieces: Sequence[Piece]) -> int:
+        """What the receipts of these shards count; a shard's count goes where the first of its rows goes."""
+        first = [piece for piece in pieces if piece.start == 0 or self._is_first(piece)]
+        return sum(self.counted[piece.cache.path, field].get(piece.shard, 0) for piece in first)
+
+    def _is_first(self, piece: Piece) -> bool:
+        """Whether the rows before it in its shard are in no shard of the result."""
+        first = self.pieces.of(0)[0]
+        return (piece.cache.path, piece.shard, piece.start) == (first.cache.path, first.shard, first.start)
 
 
-def _rows(values: Sequence[np.ndarray | None], pieces: Sequence[_Piece]):
+def _rows(values: Sequence[np.ndarray | None], pieces: Sequence[Piece]):
     """What is known of the rows of each piece's shard, of the pieces alone; None where nothing is."""
     parts = [part[piece.start : piece.stop] for part, piece in zip(values, pieces, strict=True) if part is not None]
     return np.concatenate(parts) if parts else None
@@ -288,7 +307,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
     return flat(column) if pa.types.is_list(column.type) else column.to_numpy()
 
 
-def _known_join(pieces: Sequence[_Piece]) -> str | None:
+def _known_join(pieces: Sequence[Piece]) -> str | None:
     """The `join` of a shard that is one of the caches' own."""
     piece = pieces[0]
     if len(pieces) > 1 or not piece.is_whole:

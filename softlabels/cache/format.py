@@ -430,7 +430,17 @@ def read_manifest(folder: Path) -> Manifest:
         raw = read_inside(folder, MANIFEST, limit=MANIFEST_LIMIT)
     except FileNotFoundError:
         raise CacheError(f"{folder} is not a cache: it has no {MANIFEST}") from None
-    return _parse(Manifest, raw, folder / MANIFEST)
+    return parse_manifest(raw, folder / MANIFEST)
+
+
+def parse_manifest(raw: bytes, where: Path | str) -> Manifest:
+    """The checked manifest in the bytes of a manifest.json; CacheError, with `where`, if it is damaged."""
+    return _parse(Manifest, raw, where)
+
+
+def parse_folder_receipt(raw: bytes, where: Path | str) -> FolderReceipt:
+    """The same of a receipt.json."""
+    return _parse(FolderReceipt, raw, where)
 
 
 def read_receipt(folder: Path, field: str, shard: int) -> Receipt | None:
@@ -467,7 +477,7 @@ def read_settings(folder: Path, *names: str) -> dict[str, Any]:
 _Model = TypeVar("_Model", bound=_Part)
 
 
-def _parse(kind: type[_Model], raw: bytes, path: Path) -> _Model:
+def _parse(kind: type[_Model], raw: bytes, path: Path | str) -> _Model:
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:  # each takes many times its byte in memory
         raise CacheError(f"{path} has more than {_MOST_VALUES:,} values: refused")
     try:

@@ -186,4 +186,5 @@ def _hashes(cache: Cache, columns: Sequence[str]) -> np.ndarray:
 def _examples(cache: Cache):
     """The shards of `examples` in turn, none of them kept mapped."""
     for shard in range(len(cache.manifest.shard_rows)):
+        cache.have(EXAMPLES, shard)
         yield open_shard(cache.path, cache.manifest, EXAMPLES, shard)

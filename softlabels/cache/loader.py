@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from softlabels.cache.batches import CacheBatch
+from softlabels.cache.format import EXAMPLES
 from softlabels.cache.gather import Buffers, FreshBuffers
 
 if TYPE_CHECKING:
     from softlabels.cache.reader import Cache
 
 _READY = 1  # batches that wait for the consumer, while one more is being built and one is in use
-_AHEAD = 8  # batches whose pages are asked for before they are copied
+_FETCHED_AHEAD = 100  # batches whose shards are asked for, of a cache at a URL
+READ_AHEAD = 8  # batches whose pages are asked for before they are copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,38 @@ class CacheLoader:
     def _build(self) -> Generator[CacheBatch, None, None]:
         options, reader = self.options, self.cache.reader
         memory = [Buffers(pin=options.pin) for _ in range(2 + _READY if options.prefetch else 1)]
-        for rows in self.batches[: _AHEAD - 1]:
+        coming = self._coming_shards()
+        for rows in self.batches[: READ_AHEAD - 1]:
+            coming(0)
             reader.expect(rows, self.fields)
         for number, rows in enumerate(self.batches):
-            if number + _AHEAD - 1 < len(self.batches):
-                reader.expect(self.batches[number + _AHEAD - 1], self.fields)
+            coming(number)
+            if number + READ_AHEAD - 1 < len(self.batches):
+                reader.expect(self.batches[number + READ_AHEAD - 1], self.fields)
             out = memory[number % len(memory)] if options.reuse else FreshBuffers(pin=options.pin)
             yield reader.batch(rows, self.fields, out=out, as_stored=options.as_stored, asked=True)
+
+    def _coming_shards(self) -> Callable[[int], None]:
+        """What to call with each batch's number: of a cache at a URL it asks for the shards of batches to come."""
+        store, size = self.cache.store, self.cache.manifest.dump.shard_rows
+        if store is None:
+            return lambda number: None
+        seen: set[int] = set()
+        order: list[tuple[int, int]] = []  # of each shard the batch that needs it first
+        for number, rows in enumerate(self.batches):
+            for shard in np.unique(rows // size).tolist():
+                if shard not in seen:
+                    seen.add(shard)
+                    order.append((number, shard))
+        names = [EXAMPLES, *self.fields]
+
+        def ask(number: int) -> None:
+            while order and order[0][0] < number:
+                order.pop(0)
+            soon = (shard for first, shard in order if first < number + _FETCHED_AHEAD)
+            store.ahead((name, shard) for shard in soon for name in names)
+
+        return ask
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Members:
         """Take in a checked shard of `examples`; what does not fit in it, or None."""
         tokens = list_lengths(table, "input_ids")
         self.lengths[shard] = tokens
-        self._labelled += _count_labelled(table, self.manifest.teacher.task)
+        self._labelled += int(labelled_rows(table, self.manifest.teacher.task).sum())
         if self.manifest.teacher.task in TOKEN_LABELS:
             self.targets[shard] = count_targets(table)
         names = [name.encode() for name in table.column("id").to_pylist()]
@@ -64,14 +64,14 @@ class Members:
         return found
 
 
-def _count_labelled(table: pa.Table, task: Task) -> int:
-    """How many rows have a label of their own, or numbers for labels."""
+def labelled_rows(table: pa.Table, task: Task) -> np.ndarray:
+    """(rows,) bool: which rows of a whole shard have a label of their own, or numbers for labels."""
     if task not in VECTOR_LABELS:
-        return int((table.column("label").to_numpy() != NO_LABEL).sum())
-    return sum(
-        int((~np.isnan(chunk.values.to_numpy(zero_copy_only=True)).reshape(len(chunk), -1)).all(axis=1).sum())
-        for chunk in table.column("labels").chunks
-    )
+        return table.column("label").to_numpy() != NO_LABEL
+    numbers = [
+        chunk.values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in table.column("labels").chunks
+    ]
+    return np.concatenate([~np.isnan(part).any(axis=1) for part in numbers])
 
 
 def token_hashes(table: pa.Table, card: TeacherCard) -> np.ndarray:

@@ -6,6 +6,7 @@ mapped while it is among the most recently used.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from softlabels.cache.batches import LABELS, BatchReader, CacheBatch
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
 from softlabels.cache.gather import Buffers, FreshBuffers
-from softlabels.cache.loader import CacheLoader, LoadOptions
+from softlabels.cache.loader import READ_AHEAD, CacheLoader, LoadOptions
 from softlabels.cache.shards import check_lengths, check_size, count_targets, open_shard
+from softlabels.cache.urls import is_url
 from softlabels.cache.writer import SCALE, read_channels
 from softlabels.config import fingerprint
 from softlabels.errors import CacheError
@@ -33,22 +35,40 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+    from softlabels.cache.stream import ShardStore
+
 # Seconds after which a mapped file's size is looked at again: a file that was cut short under the reader is told, where
 # touching its mapped memory would kill the process. What is cut in these last moments still does.
 LOOK_AGAIN = 0.05
 _LOOK_AT_ALL = 64  # open files at the most, for which that takes no more than a hundredth of the time
+_AHEAD = 16  # shards of a cache at a URL that are asked for before they are read
 _OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
 
 
-def open_cache(path: str | Path) -> Cache:
-    """The finished cache at `path`, ready to read. Costs the manifest, not the size of the cache."""
+def open_cache(path: str | Path, *, cache_size: int | None = None) -> Cache:
+    """The finished cache at `path`, ready to read. Costs the manifest, not the size of the cache.
+
+    A URL is read without pulling it: shards come when they are wanted, into a local cache of at most `cache_size` bytes
+    (by default $SOFTLABELS_CACHE_SIZE, or 10 GB); see `softlabels.cache.stream`.
+    """
+    if is_url(path):
+        return _open_url(str(path), cache_size)
     folder = Path(path)
     manifest = read_manifest(folder)
     if not manifest.complete:
         raise CacheError(
-            f"{folder} is unfinished: give the same `softlabels dump` command again, and it goes on where it stopped"
+            f"{folder} is unfinished: give the same `softlabels dump` (or pull) command again, and it goes on where it "
+            f"stopped"
         )
     return Cache(folder, manifest)
+
+
+def _open_url(url: str, cache_size: int | None) -> Cache:
+    from softlabels.cache.remote import open_remote
+    from softlabels.cache.stream import open_store
+
+    store = open_store(open_remote(url), limit=cache_size)
+    return Cache(store.folder, store.manifest, store)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -70,8 +90,10 @@ class _Lists:
 class Cache:
     """A finished cache. Rows are numbered from 0 in the corpus's order."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, store: ShardStore | None = None) -> None:
         self.path, self.manifest = path, manifest
+        self.store = store  # of a cache at a URL: brings the shards to `path`
+        self._mapped = 0  # bytes of its shards that are mapped
         self.rows: int = manifest.corpus.rows
         self.fields: dict[str, FieldSpec] = manifest.fields
         self._shards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
@@ -83,6 +105,16 @@ class Cache:
         return self.rows
 
     @property
+    def shown(self) -> str:
+        """Where the cache is, for people: its folder, or its URL without anything secret."""
+        return str(self.path) if self.store is None else self.store.url
+
+    @property
+    def given(self) -> str | Path:
+        """What `open_cache` opens this cache by; of one at a URL with what may be secret of it."""
+        return self.path if self.store is None else self.store.remote.place.given
+
+    @property
     def label_names(self) -> list[str]:
         return self.manifest.teacher.label_names
 
@@ -92,7 +124,7 @@ class Cache:
             if field not in self.fields:
                 have = ", ".join(sorted(self.fields)) or "no field"
                 raise CacheError(
-                    f"{why} needs {field}; cache {self.path} holds {have}. Dump it with --capture {capture_of(field)}"
+                    f"{why} needs {field}; cache {self.shown} holds {have}. Dump it with --capture {capture_of(field)}"
                 )
 
     # ------------------------------------------------------------------------------------------- whole columns
@@ -100,7 +132,7 @@ class Cache:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) int32: tokens of every row."""
-        lists = [self._column_lists(EXAMPLES, "input_ids", shard) for shard in self._all_shards()]
+        lists = [self._column_lists(EXAMPLES, "input_ids", shard) for shard in self._all_shards(EXAMPLES)]
         return np.concatenate([np.diff(starts) for shard in lists for starts in shard.starts]).astype(np.int32)
 
     @cached_property
@@ -108,7 +140,7 @@ class Cache:
         """(N,) int64: tokens of every row that have a label, as in a language model's cache; None where none can."""
         if self.manifest.teacher.task not in TOKEN_LABELS:
             return None
-        return np.concatenate([count_targets(self._shard(EXAMPLES, shard)) for shard in self._all_shards()])
+        return np.concatenate([count_targets(self._shard(EXAMPLES, shard)) for shard in self._all_shards(EXAMPLES)])
 
     @cached_property
     def decoder_starts(self) -> np.ndarray | None:
@@ -135,10 +167,10 @@ class Cache:
     def texts(self) -> list[tuple[str, str | None]]:
         """(text, text_b) of every row; CacheError where the cache was dumped without texts."""
         if self.manifest.teacher.task == IMAGES:
-            raise CacheError(f"cache {self.path} is of images: it holds no texts")
+            raise CacheError(f"cache {self.shown} is of images: it holds no texts")
         if not self.manifest.dump.text:
             raise CacheError(
-                f"cache {self.path} holds no texts: it was dumped with --no-text. Dump it again without, into another "
+                f"cache {self.shown} holds no texts: it was dumped with --no-text. Dump it again without, into another "
                 f"folder"
             )
         return [(a, b or None) for a, b in zip(self._strings("text"), self._strings("text_b"), strict=True)]
@@ -148,7 +180,7 @@ class Cache:
         if self.fields[field].kind != "row":
             raise ValueError(f"'{field}' has no value a row: read it batch by batch")
         spec, parts = self.fields[field], []
-        for shard in self._all_shards():
+        for shard in self._all_shards(field):
             table = self._shard(field, shard)
             stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
             if spec.type == "int8":
@@ -203,7 +235,7 @@ class Cache:
         from softlabels.cache.settings import load_tokenizer
 
         if self.manifest.teacher.task == IMAGES:
-            raise CacheError(f"cache {self.path} is of images: it has no tokenizer, but an image processor")
+            raise CacheError(f"cache {self.shown} is of images: it has no tokenizer, but an image processor")
         return load_tokenizer(self.path)
 
     # ------------------------------------------------------------------------------------------------- batches
@@ -253,21 +285,35 @@ class Cache:
         mixing is said at `softlabels.tokens.windowed_batches`.
         """
         rows, rng = np.asarray(rows, np.int64), np.random.default_rng([seed, epoch])
-        lengths = self.lengths[rows]
+        lengths, group = self.lengths[rows], 50
+        if window is None and self.store is not None and (room := self.store.window(fields)) is not None:
+            # batches of `group` are shuffled once more, and some are read ahead: that needs shards beside the window
+            size = self.manifest.dump.shard_rows
+            group = max(1, min(group, room // 4 * size // batch_size))
+            window = max(1, room - -(-(group + READ_AHEAD) * batch_size // size))
         if window is None:
             batches = shuffled_batches(lengths, batch_size=batch_size, rng=rng)
         else:
             shards = rows // self.manifest.dump.shard_rows
-            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window)
+            batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window, group=group)
         return CacheLoader(self, [rows[numbers] for numbers in batches], fields, options or LoadOptions())
 
     @cached_property
     def reader(self) -> BatchReader:
         """Builds the batches."""
-        return BatchReader(self, open_shards=_OPEN_SHARDS)
+        return BatchReader(self, open_shards=_OPEN_SHARDS if self._most_mapped == math.inf else 0)
 
-    def __reduce__(self) -> tuple[Callable[[Path], Cache], tuple[Path]]:
+    @property
+    def _most_mapped(self) -> float:
+        """Bytes that may be mapped; of a cache at a URL, mapped files still take room after they were removed."""
+        if self.store is None or self.store.bytes_of((EXAMPLES, *self.fields)) <= self.store.limit:
+            return math.inf
+        return 0.75 * self.store.limit
+
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
         """To another process goes the path: it maps the files itself, and shares their memory."""
+        if self.store is not None:
+            return _open_url, (self.given, self.store.limit)
         return open_cache, (self.path,)
 
     def channels_of(self, field: str, shard: int) -> np.ndarray:
@@ -284,8 +330,18 @@ class Cache:
 
     # -------------------------------------------------------------------------------------------------- shards
 
-    def _all_shards(self) -> range:
-        return range(len(self.manifest.shard_rows))
+    def _all_shards(self, field: str) -> Iterator[int]:
+        """The numbers of all shards, of which `field` is read one after the other."""
+        count = len(self.manifest.shard_rows)
+        for shard in range(count):
+            if self.store is not None:
+                self.store.ahead((field, coming) for coming in range(shard, min(shard + _AHEAD, count)))
+            yield shard
+
+    def have(self, field: str, shard: int) -> None:
+        """See that the shard's file is in the folder: of a cache at a URL it may have to come first."""
+        if self.store is not None:
+            self.store.fetch(field, shard)
 
     def _shard(self, field: str, shard: int) -> pa.Table:
         """The mapped, checked table of one shard, least recently used ones let go."""
@@ -294,13 +350,16 @@ class Cache:
             self._shards.move_to_end(key)
             self.look_again(field, np.array([shard * self.manifest.dump.shard_rows]))
             return self._shards[key]
+        self.have(field, shard)
         table = open_shard(self.path, self.manifest, field, shard)
         self._shards[key] = table
+        self._mapped += self.manifest.shards[field].size(shard)
         if field not in self._looked:
             self._looked[field] = np.zeros(len(self.manifest.shard_rows))
         self._looked[field][shard] = time.monotonic()
-        if len(self._shards) > _OPEN_SHARDS:
+        while len(self._shards) > _OPEN_SHARDS or (len(self._shards) > 1 and self._mapped > self._most_mapped):
             old, _ = self._shards.popitem(last=False)
+            self._mapped -= self.manifest.shards[old[0]].size(old[1])
             for column in list(self._lists):
                 if column[:2] == old:
                     del self._lists[column]
@@ -365,11 +424,14 @@ class Cache:
         return self._lists[key]
 
     def _flat_column(self, column: str) -> np.ndarray:
-        return np.concatenate([self._shard(EXAMPLES, shard).column(column).to_numpy() for shard in self._all_shards()])
+        shards = self._all_shards(EXAMPLES)
+        return np.concatenate([self._shard(EXAMPLES, shard).column(column).to_numpy() for shard in shards])
 
     def _strings(self, column: str) -> list[str]:
         return [
-            value for shard in self._all_shards() for value in self._shard(EXAMPLES, shard).column(column).to_pylist()
+            value
+            for shard in self._all_shards(EXAMPLES)
+            for value in self._shard(EXAMPLES, shard).column(column).to_pylist()
         ]
 
 

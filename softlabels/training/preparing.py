@@ -107,19 +107,19 @@ def read_source(options: StudentOptions, cache: Cache, out: Path) -> Run | None:
         raise StudentError(f"{source.path} is a {source.record.student} student, not a {options.student}")
     if source.label_names != cache.label_names:
         raise StudentError(
-            f"{source.path} has the classes {', '.join(source.label_names)}, cache {cache.path} "
+            f"{source.path} has the classes {', '.join(source.label_names)}, cache {cache.shown} "
             f"{', '.join(cache.label_names)}: train it further from a cache of its own teacher"
         )
     assert source.tokenizer is not None
     if source.tokenizer.get_vocab() != cache.tokenizer().get_vocab():
         raise StudentError(
-            f"{source.path} reads other tokens than cache {cache.path} holds: train it further from a cache of a "
+            f"{source.path} reads other tokens than cache {cache.shown} holds: train it further from a cache of a "
             f"teacher with the same tokenizer"
         )
     limit = longest_input(source.tokenizer, student.config)
     if cache.manifest.dump.max_length > limit:
         raise StudentError(
-            f"{source.path} reads {limit} tokens at most, and rows of cache {cache.path} have up to "
+            f"{source.path} reads {limit} tokens at most, and rows of cache {cache.shown} have up to "
             f"{cache.manifest.dump.max_length}: dump it with --max-length {limit}"
         )
     return source
@@ -177,6 +177,6 @@ def refuse_misfit(student: PreTrainedModel, cache: Cache) -> None:
         return  # it was tried out when it was built
     if student.config.num_labels != len(cache.label_names):
         raise StudentError(
-            f"the student gives {student.config.num_labels} classes, cache {cache.path} has {len(cache.label_names)} "
+            f"the student gives {student.config.num_labels} classes, cache {cache.shown} has {len(cache.label_names)} "
             f"({', '.join(cache.label_names[:5])} …): build the student for this cache"
         )

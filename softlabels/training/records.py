@@ -106,7 +106,7 @@ def make_report(run: Path, record: RunRecord, *, seconds: float) -> TrainReport:
 def _cache_card(cache: Cache) -> dict[str, Any]:
     card = cache.manifest.teacher
     return {
-        "path": str(cache.path),
+        "path": cache.shown,
         "teacher": card.name,
         "weights_hash": card.weights_hash,
         "identity": cache.identity(),

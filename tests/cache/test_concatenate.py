@@ -107,7 +107,7 @@ def _with_teacher(place: Path, folder: Path) -> list[tuple[str, tuple[int, int]]
 
 
 def test_a_killed_call_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module._Writer.write
+    real = module.PieceWriter.write
 
     def killed(self, shard: int, missing: Sequence[str]) -> None:
         if shard == 2:
@@ -115,7 +115,7 @@ def test_a_killed_call_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, mo
         real(self, shard, missing)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Writer, "write", killed)
+        patch.setattr(module.PieceWriter, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             concatenate(parts_of(place), out=tmp_path / "out")
     assert 0 < concatenate(parts_of(place), out=tmp_path / "out").new_rows < 40

@@ -1,0 +1,350 @@
+"""Any URL that fsspec knows as a place of named files: a URL goes in, bytes go in and out, no secret is ever shown.
+
+Nothing here knows a protocol by more than its name. Credentials come by the ways of fsspec and of the providers
+(environment, ~/.aws, keys of ssh, `huggingface-cli login` …) or inside the URL; from there they reach the server alone.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from softlabels.cache.format import TEMPORARY
+from softlabels.errors import CacheError, ConfigError
+
+# Here an object is there as a whole or not at all. Elsewhere it gets a temporary name first.
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "hf", "abfs", "az", "abfss", "oci", "oss", "r2", "tos", "memory"}
+_READ_ONLY = {"http", "https", "github", "data"}
+_SECONDS = 60.0  # without a single byte more, before a transfer gives up
+_LEAST_FAILURES, _FIRST_FAILURES = 6, 3  # one after the other: later, and before anything was ever answered
+_LONGEST_WAIT = 8.0  # seconds between two tries
+
+T = TypeVar("T")
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether `place` names something that fsspec opens, and not a folder by its path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
+
+
+def redact(url: str) -> str:
+    """`url` as it may be printed and stored: without what stands before an @, and without the values of its query."""
+    scheme, _, rest = url.partition("://")
+    whole = re.split(r"[?#]", rest, maxsplit=1)
+    before, slash, path = whole[0].partition("/")
+    name, at, host = before.rpartition("@")
+    shown = "" if not at else (f"{name}@" if scheme in ("sftp", "ssh") and ":" not in name else "***@")
+    return f"{scheme}://{shown}{host}{slash}{path}" + ("?***" if len(whole) > 1 else "")
+
+
+def hide(text: str, url: str) -> str:
+    """`text`, such as an error's, without anything secret of `url`, and without what looks like a signature."""
+    for secret in sorted(_secrets(url), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = re.sub(r"://[^/@\s'\"]+@", "://***@", text)
+    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\")]*", r"\1?***", text)
+
+
+def _secrets(url: str) -> set[str]:
+    scheme, _, rest = url.partition("://")
+    before = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
+    parts = {before, *before.split(":")} if scheme not in ("sftp", "ssh") else set(before.split(":")[1:]) | {before}
+    try:
+        query = urlsplit(url).query
+    except ValueError:
+        query = ""
+    parts |= {query, *query.split("&"), *(value for _, value in parse_qsl(query))}
+    parts |= {unquote(part) for part in parts}
+    return {part for part in parts if len(part) > 3}
+
+
+class Place:
+    """A folder at a URL; `name`s are paths inside it. Safe to use from several threads."""
+
+    def __init__(self, url: str) -> None:
+        if not is_url(url):
+            raise ConfigError(
+                f"{url} is no URL: give one that fsspec knows, such as s3://bucket/name, sftp://host/folder or, for a "
+                f"folder of this machine, file://{Path(url).absolute()}"
+            )
+        self.url, self.shown = url.rstrip("/"), redact(url.rstrip("/"))
+        self.protocol = url.partition("://")[0].lower()
+        self.ask = 0  # bytes to ask for at a time, as it went so far; 0 before anything came
+        self.answered = False  # whether anything at all was ever heard from there
+        self._query = ""
+        if self.protocol in ("http", "https") and "?" in url:
+            start, _, query = url.partition("?")
+            self.url, self._query = start.rstrip("/"), f"?{query}"
+        if self.protocol in _KEYS and "@" in urlsplit(url).netloc:
+            raise ConfigError(
+                f"{self.shown}: {self.protocol} takes no credentials in its URL. Give {_KEYS[self.protocol]}"
+            )
+        self.given = url  # with what is secret of it
+        self._local = threading.local()
+        self._shared, self._root = self._connect()
+
+    def _connect(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        try:
+            options = {} if self.protocol in ("http", "https") else {"skip_instance_cache": True}
+            fs, root = url_to_fs(self.url, **options)
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.protocol}:// needs a package that is not installed ({error}): pip install 'softlabels[share]'"
+            ) from None
+        except ValueError as error:
+            if "rotocol" in str(error):
+                raise ConfigError(f"{self.shown}: fsspec knows no protocol '{self.protocol}'") from None
+            raise ConfigError(f"{self.shown}: {self.hide(error)}") from None
+        return fs, str(root).rstrip("/")
+
+    @property
+    def _fs(self) -> Any:
+        """What is asked from this thread: filesystems that are not asynchronous are not for two threads at a time."""
+        if self._shared is not None and getattr(self._shared, "async_impl", False):
+            return self._shared
+        if getattr(self._local, "fs", None) is None:
+            shared, self._shared = self._shared, None  # the first thread to come has the first connection
+            self._local.fs = shared if shared is not None else self._connect()[0]
+        return self._local.fs
+
+    def path(self, name: str) -> str:
+        """The path of a name, as its filesystem has it."""
+        return (f"{self._root}/{name}" if name else self._root or "/") + self._query
+
+    def hide(self, error: BaseException | str) -> str:
+        """The words of an error from there, in one line, without anything secret."""
+        words = str(error).strip() or type(error).__name__
+        return hide(" ".join(words.split()), self.given)[:500]
+
+    # ------------------------------------------------------------------------------------------------- one call
+
+    def try_once(self, act: Callable[[Any], T], patience: Patience) -> T | Failed:
+        """What `act` gives on the filesystem; `Failed` once it failed and it is time to try again.
+
+        FileNotFoundError comes as it is; CacheError where trying again is hopeless, or was done for long enough.
+        """
+        try:
+            found = act(self._fs)
+        except (FileNotFoundError, _Stopped):
+            self.answered = True
+            raise
+        except Exception as error:
+            self._local.fs = None  # a connection that broke once is not used again
+            if isinstance(error, ConfigError | CacheError):
+                raise
+            if _is_hopeless(error):
+                raise self._refused(error) from None
+            patience.wait(self, error)
+            return Failed()
+        self.answered = True
+        return found
+
+    def call(self, act: Callable[[Any], T]) -> T:
+        """What `act` gives on the filesystem, tried until it works or there is no hope."""
+        patience = Patience()
+        while isinstance(found := self.try_once(act, patience), Failed):
+            pass
+        return found
+
+    def _refused(self, error: Exception) -> CacheError:
+        words = f"{self.shown}: {self.hide(error)}"
+        if isinstance(error, PermissionError) or _status(error) in (401, 403) or "redential" in type(error).__name__:
+            remedy = "Credentials come from where fsspec and the provider look for them, such as the environment"
+            return CacheError(f"{words}. No permission there, or no credentials. {remedy}")
+        return CacheError(words)
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """The bytes of a small file; FileNotFoundError where it isn't there, CacheError beyond `limit` bytes."""
+        data = self.call(lambda fs: fs.cat_file(self.path(name), start=0, end=limit + 1))
+        if len(data) > limit:
+            raise CacheError(f"{self.shown}/{name} has more than the {limit:,} bytes that it may have")
+        return data
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; FileNotFoundError where it isn't there."""
+
+        def ask(fs: Any) -> int | None:
+            fs.invalidate_cache()
+            return fs.info(self.path(name))["size"]
+
+        size = self.call(ask)
+        if size is None:
+            raise CacheError(f"{self.shown}: the server does not say how large {name} is")
+        return int(size)
+
+    def list(self, name: str) -> dict[str, int | None]:
+        """What lies in a folder: names, with bytes of files and None of folders; nothing where it isn't there."""
+
+        def ask(fs: Any) -> list[dict[str, Any]]:
+            fs.invalidate_cache()
+            return fs.ls(self.path(name), detail=True)
+
+        try:
+            found = self.call(ask)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        names = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in found}
+        return {part: entry["size"] if entry["type"] == "file" else None for part, entry in names.items()}
+
+    # --------------------------------------------------------------------------------------------------- writing
+
+    def refuse_read_only(self) -> None:
+        """ConfigError where nothing can be put."""
+        if self.protocol in _READ_ONLY:
+            raise ConfigError(
+                f"{self.shown} can only be read: {self.protocol} has no way to put files. Push to s3://, gs://, "
+                f"hf://, sftp:// or a folder that the web server serves, or serve the cache's folder as it is: pull "
+                f"reads that too"
+            )
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder where there are such; object stores have none."""
+        if self.protocol not in _ATOMIC:
+            self.call(lambda fs: fs.makedirs(self.path(name), exist_ok=True))
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """Put a small file, whole or not at all, over what is there."""
+        self._put(name, lambda fs, path: fs.pipe_file(path, data))
+
+    def put_file(self, file: Path, name: str, *, tell: Callable[[int], None]) -> None:
+        """Put a file, whole or not at all; `tell` gets the bytes of each piece, negative ones where it starts again."""
+        size = file.stat().st_size
+
+        def put(fs: Any, path: str) -> None:
+            with _Told(tell) as told:
+                fs.put_file(str(file), path, callback=told)
+                told.fill(size)
+
+        self._put(name, put)
+
+    def _put(self, name: str, put: Callable[[Any, str], None]) -> None:
+        if self.protocol in _ATOMIC:
+            self.call(lambda fs: put(fs, self.path(name)))
+            return
+        folder, _, file = name.rpartition("/")
+        mark = f"{threading.get_ident():x}{time.monotonic_ns():x}"
+        draft = self.path(f"{folder}/{TEMPORARY}{mark}-{file}" if folder else f"{TEMPORARY}{mark}-{file}")
+
+        def act(fs: Any) -> None:
+            put(fs, draft)
+            fs.mv(draft, self.path(name))
+
+        self.call(act)
+
+
+_KEYS = {
+    "s3": "them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile in AWS_PROFILE",
+    "gs": "them in GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "them in GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+
+class Failed:
+    """One try that failed; there may be another."""
+
+
+class Patience:
+    """How often something is tried again: for long, as long as there is a step forward now and then."""
+
+    def __init__(self) -> None:
+        self.failures, self.since = 0, 0.0
+
+    def progressed(self) -> None:
+        """There was a step forward."""
+        self.failures = 0
+
+    def wait(self, place: Place, error: Exception) -> None:
+        """Wait a little before the next try; CacheError where there should be none."""
+        if not self.failures:
+            self.since = time.monotonic()
+        self.failures += 1
+        waited = time.monotonic() - self.since
+        if self.failures >= _FIRST_FAILURES and not place.answered and _is_unreachable(error):
+            raise CacheError(f"{place.shown} can't be reached: {place.hide(error)}") from None
+        if self.failures >= _LEAST_FAILURES and waited >= _SECONDS:
+            raise CacheError(
+                f"{place.shown}: {place.hide(error)}. Tried {self.failures} times in {waited:.0f} s without a step "
+                f"forward. What arrived is kept: give the same command again"
+            ) from None
+        time.sleep(min(_LONGEST_WAIT, 0.05 * 2 ** min(self.failures, 10)))
+
+
+class _Stopped(Exception):
+    """Raised by `tell` where a transfer is not wanted any more."""
+
+
+class _Told:
+    """A callback of fsspec for one file. A file that starts again takes back what was told of it."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell, self.done = tell, 0
+
+    def __enter__(self) -> Any:
+        from fsspec.callbacks import Callback
+
+        outer = self
+
+        class Told(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                outer._add(inc)
+
+            def absolute_update(self, value: int) -> None:
+                outer._add(value - outer.done)
+
+            def fill(self, size: int) -> None:
+                """The filesystem may have told nothing."""
+                outer._add(size - outer.done)
+
+        return Told()
+
+    def _add(self, count: int) -> None:
+        self.done += count
+        self.tell(count)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and self.done:
+            self.tell(-self.done)
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+_HOPELESS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ParamValidationError",
+    "ProfileNotFound",
+    "InvalidURL",
+    "AuthenticationException",
+    "BadHostKeyException",
+    "GatedRepoError",
+    "RepositoryNotFoundError",
+}
+_UNREACHABLE = {"ClientConnectorError", "ClientConnectorDNSError", "EndpointConnectionError", "NoValidConnectionsError"}
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    """Whether the same call would fail again."""
+    kinds = (PermissionError, NotADirectoryError, IsADirectoryError, TypeError, NotImplementedError, ImportError)
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+    named = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, kinds) or refused or bool(named & _HOPELESS)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    from socket import gaierror
+
+    named = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ConnectionRefusedError | gaierror) or bool(named & _UNREACHABLE)
