@@ -9,6 +9,7 @@ credentials, are left out.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -34,10 +35,17 @@ _LONGEST = 200  # characters of a name
 _CLASSES = 50  # names of classes that are listed
 
 
-def write_card(manifest: Manifest, facts: CardFacts | None = None, *, url: str | None = None) -> str:
+def write_card(
+    manifest: Manifest,
+    facts: CardFacts | None = None,
+    *,
+    url: str | None = None,
+    folder_of: Callable[[str], str] = lambda field: field,
+) -> str:
     """The text of README.md for a finished cache; the same manifest and facts give the same text.
 
-    `url` is where the cache lies for others (hf://…, s3://…, https://…); None where that isn't known. CacheError for an
+    `url` is where the cache lies for others (hf://…, s3://…, https://…); None where that isn't known; `folder_of` says
+    where each field lies there. CacheError for an
     unfinished cache.
     """
     if not manifest.complete:
@@ -57,13 +65,13 @@ def write_card(manifest: Manifest, facts: CardFacts | None = None, *, url: str |
         "## Fields\n\n" + _fields(manifest),
         "## Format\n\n" + _format(manifest),
     ]
-    return f"---\n{_head(manifest, facts, title=title)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_head(manifest, facts, title=title, folder_of=folder_of)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- the head
 
 
-def _head(manifest: Manifest, facts: CardFacts, *, title: str) -> str:
+def _head(manifest: Manifest, facts: CardFacts, *, title: str, folder_of: Callable[[str], str]) -> str:
     from huggingface_hub import DatasetCardData
 
     more: dict[str, Any] = {"tags": ["softlabels", "knowledge-distillation", "soft-labels"]}
@@ -76,7 +84,7 @@ def _head(manifest: Manifest, facts: CardFacts, *, title: str) -> str:
         size_categories=[_size(manifest.corpus.rows)],
         task_categories=[_TASKS[manifest.teacher.task]],
         pretty_name=one_line(title),
-        configs=[_config(name) for name in (EXAMPLES, *sorted(manifest.fields))],
+        configs=[_config(name, folder_of(name)) for name in (EXAMPLES, *sorted(manifest.fields))],
         **more,
     )
     return data.to_yaml(line_break="\n")
@@ -86,9 +94,9 @@ def _hub_licence(text: str) -> str:
     return text.lower() if text.lower() in HUB_LICENCES else "other"
 
 
-def _config(field: str) -> dict[str, Any]:
+def _config(field: str, folder: str) -> dict[str, Any]:
     default = {"default": True} if field == EXAMPLES else {}
-    return {"config_name": field, "data_files": [{"split": "train", "path": f"{field}/*.arrow"}], **default}
+    return {"config_name": field, "data_files": [{"split": "train", "path": f"{folder}/*.arrow"}], **default}
 
 
 def _size(rows: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from softlabels.cache.beside import fetch_beside
 from softlabels.cache.files import hash_handle, lock, sweep_temporary, sync_folder, write_file
 from softlabels.cache.format import (
     EXAMPLES,
@@ -89,6 +90,7 @@ def pull(
         final = _begin(folder, remote, chosen)
         work = fetch_fields(remote, folder, final, threads=threads)
         finish(folder, final)
+        fetch_beside(remote, folder, final)
     return PullReport(
         cache=folder,
         url=remote.place.shown,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softlabels.cache.beside import put_beside
 from softlabels.cache.files import hash_handle, lock
 from softlabels.cache.format import (
     EXAMPLES,
@@ -111,7 +112,7 @@ def push(
             work.put_small_files()
             work.put_shards(compress)
             work.put_cards()
-        publish_manifest(place, mine)
+        put_beside(folder, place, publish_manifest(place, mine))
     return PushReport(
         cache=folder,
         url=place.shown,
