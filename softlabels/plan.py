@@ -252,7 +252,8 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
 def _image_sample(corpus: Corpus, teacher: Teacher, *, count: int) -> _Sample:
     """Rows at even distances: all images are as large, once they are processed."""
     total = len(corpus.examples)
-    examples = [corpus.examples[number] for number in np.arange(min(count, total)) * total // min(count, total)]
+    places = np.arange(min(count, total)) * total // min(count, total)
+    examples = [corpus.examples[number] for number in places.tolist()]
     images = ImageReader(teacher.processor, teacher.model, first=examples[0])
     labels = encode_task_labels(teacher.task, examples, teacher.label_names)
     return _Sample(images.tokenize(examples, labels.classes).examples, total, 1, 0, 0, images)

@@ -40,6 +40,7 @@ LAYERS = {
         "captures",
         "checkpoint",
         "config",
+        "corpora",
         "corpus",
         "docstring_kinds",
         "docstrings",
