@@ -230,7 +230,8 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
     masking = options.masking if teacher.task == "masked-lm" else None
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    sizes = np.array([len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples])
+    lengths = (len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples)
+    sizes = np.fromiter(lengths, np.int64, len(corpus.examples))
     places = (np.arange(min(count, len(sizes))) + 0.5) * len(sizes) / min(count, len(sizes))
     chosen = np.sort(np.argsort(sizes, kind="stable")[places.astype(np.int64)])
     examples = [corpus.examples[number] for number in chosen.tolist()]
