@@ -28,7 +28,7 @@ from softlabels.corpora.tables import list_some
 from softlabels.errors import CorpusError
 from softlabels.types import IMAGES, NO_LABEL, Example, Task
 
-SPOOL_BYTES = 64 << 20  # a corpus of files that are as large together is streamed
+SPOOL_BYTES = 16 << 20  # a corpus of files that are as large together is streamed
 
 
 @dataclass(frozen=True)
