@@ -1041,6 +1041,14 @@ def train_student_command(
     rows: Annotated[
         int | None, typer.Option(min=2, help="learn from the first so many rows of the cache only, for a trial")
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="SHARDS",
+            help="shuffle within so many shards at a time, for a cache that is larger than memory; 8 mixes well",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, to the same result")] = False,
     cache_size: Annotated[
@@ -1074,6 +1082,7 @@ def train_student_command(
         "patience": patience,
         "validation": validation,
         "rows": rows,
+        "window": window,
         "seed": seed,
         "temperature": temperature,
         "losses": None if loss is None else parse_losses(loss),

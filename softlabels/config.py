@@ -629,6 +629,7 @@ class StudentOptions(Strict):
     validation: float = Field(default=0.1, ge=0, lt=1)  # share of the rows held out where no --eval is given
     patience: int | None = Field(default=None, ge=1)  # epochs without a better score before stopping
     rows: int | None = Field(default=None, ge=2)  # learn from the first so many of the cache, for a trial
+    window: int | None = Field(default=None, ge=1)  # shards whose rows are shuffled together; None: all
     seed: int = Field(default=0, ge=0, lt=2**32)  # numpy takes no larger one
     from_run: str | None = None  # a finished run, whose student is trained further; what was pruned of it stays zero
     prune: PruneOptions | None = None  # before the first step; what is pruned stays zero

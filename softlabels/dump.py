@@ -8,7 +8,7 @@ goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,13 +46,21 @@ from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.factors import LogitFactors
 from softlabels.pixels import ImageReader, check_sequence
 from softlabels.progress import Update, progress
-from softlabels.tasks import TaskLabels, encode_task_labels, mask_often, tokenize_task
+from softlabels.tasks import (
+    LaterLabels,
+    TaskLabels,
+    encode_corpus_labels,
+    encode_task_labels,
+    mask_often,
+    tokenize_task,
+)
 from softlabels.teacher import Teacher, at_precision, load_teacher
 from softlabels.tokens import batches_by_length, count_row_targets, pad_batch, resolve_max_length
 from softlabels.types import IMAGES, Example, ImageBatch, TokenBatch, TokenizedExample
 
 _PROBE_WORDS = 4
 _SHOWN = 10  # shards that were given up
+_TRIED_ROWS = 1000
 _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for factors, and tokens at a time
 
 
@@ -117,7 +125,7 @@ def dump(
     masking = _masking(loaded, options)
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    labels = encode_task_labels(loaded.task, corpus.examples, loaded.label_names)
+    labels = encode_corpus_labels(loaded.task, corpus.examples, loaded.label_names)
     first = corpus.examples[0] if loaded.task == IMAGES else _first_to_try(corpus)
     way = _open_way(loaded, first, options)
     run = prepare(loaded.model, requests, way.probe, vocab_size=way.vocab_size)
@@ -151,7 +159,7 @@ def dump(
                 run = prepare(loaded.model, requests + earlier, way.probe, vocab_size=way.vocab_size)
             done = total - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
             with progress(total, description="dump" if part is None else f"dump {part}", done=done) as update:
-                tasks = _tasks(corpus, labels, options, missing)
+                tasks = _Tasks(corpus, labels, options, list(missing.items()))
                 again = _Again(_anywhere(teacher), trust_remote_code, loaded.weights_hash, run.requests, first, options)
                 if ray is not None and missing:
                     outcome = _run_on_ray(
@@ -203,7 +211,7 @@ def _run_on_ray(
     again: _Again,
     build: CacheBuild,
     store: Store | None,
-    tasks: Iterator[ShardTask],
+    tasks: Iterable[ShardTask],
     *,
     total: int,
     overflow: Overflow,
@@ -241,9 +249,13 @@ def _run_on_ray(
 
 
 def _first_to_try(corpus: Corpus) -> Example:
-    """A short row, of some words so that there is something to attend to and to predict; without its label."""
-    wordy = [example for example in corpus.examples if len(example.text.split()) >= _PROBE_WORDS]
-    chosen = min(wordy, key=lambda row: len(row.text)) if wordy else max(corpus.examples, key=lambda row: len(row.text))
+    """A short row, of some words so that there is something to attend to and to predict; without its label.
+
+    One of the first thousand: which one it is shows in nothing that is kept.
+    """
+    rows = corpus.examples[:_TRIED_ROWS]
+    wordy = [example for example in rows if len(example.text.split()) >= _PROBE_WORDS]
+    chosen = min(wordy, key=lambda row: len(row.text)) if wordy else max(rows, key=lambda row: len(row.text))
     return replace(chosen, label=None)
 
 
@@ -315,16 +327,28 @@ def _factors(
     return sample_factors(run, batches, targets=sum(map(count_row_targets, tokens)), rank=rank)
 
 
-def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> list[Example]:
-    return corpus.examples[shard * options.shard_rows : (shard + 1) * options.shard_rows]
+def _rows_of(corpus: Corpus, options: DumpOptions, shard: int) -> range:
+    """The numbers of a shard's rows."""
+    return range(len(corpus.examples))[shard * options.shard_rows : (shard + 1) * options.shard_rows]
 
 
-def _tasks(
-    corpus: Corpus, labels: TaskLabels, options: DumpOptions, missing: dict[int, list[str]]
-) -> Iterator[ShardTask]:
-    for shard, absent in missing.items():
-        rows, start = _rows_of(corpus, options, shard), shard * options.shard_rows
-        yield ShardTask(shard, rows, labels.part(start, start + len(rows)), absent)
+@dataclass(frozen=True, slots=True)
+class _Tasks(Sequence[ShardTask]):
+    """What is to be done; the rows of a shard are read when its turn has come."""
+
+    corpus: Corpus
+    labels: TaskLabels | LaterLabels
+    options: DumpOptions
+    missing: list[tuple[int, list[str]]]
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def __getitem__(self, index: Any) -> Any:  # an int, of which the Sequence makes the rest
+        shard, absent = self.missing[index]
+        rows = _rows_of(self.corpus, self.options, shard)
+        labels = self.labels.part(rows.start, rows.stop)
+        return ShardTask(shard, self.corpus.examples[rows.start : rows.stop], labels, absent)
 
 
 def _masking(teacher: Teacher, options: DumpOptions) -> Masking | None:
@@ -417,7 +441,7 @@ def _plan(
     *,
     fields: dict[str, FieldSpec],
     max_length: int,
-    labels: TaskLabels,
+    labels: TaskLabels | LaterLabels,
     masking: Masking | None,
 ) -> Manifest:
     """The manifest as it stands before the first shard."""

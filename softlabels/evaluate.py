@@ -100,7 +100,7 @@ def evaluate(
         parameters=student.parameters,
         nonzero=student.nonzero,
         bytes=student.size_on_disk,
-        latency=measure_latency(student, [corpus.examples[row] for row in rows], cache),
+        latency=measure_latency(student, [corpus.examples[int(row)] for row in rows], cache),
         alone={
             str(path): float(accuracy_score(labels[rows], own[rows].argmax(axis=1)))
             for path, own in zip(paths, each, strict=True)

@@ -171,6 +171,7 @@ def _train_epoch(cache: Cache, options: JointOptions, members: Mapping[str, _Mem
         batch_size=size(first.stretch.phase.batch_size),
         seed=options.students[JOINT_NAMES[0]].seed,
         epoch=first.state.epoch,
+        window=options.students[JOINT_NAMES[0]].window,
         options=LoadOptions(reuse=True),
     )
     totals = dict.fromkeys(members, 0.0)

@@ -230,7 +230,8 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
     masking = options.masking if teacher.task == "masked-lm" else None
     if masking is not None:
         corpus = mask_often(corpus, masking)
-    sizes = np.array([len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples])
+    lengths = (len(row.text) + len(row.text_b or "") + len(row.target or "") for row in corpus.examples)
+    sizes = np.fromiter(lengths, np.int64, len(corpus.examples))
     places = (np.arange(min(count, len(sizes))) + 0.5) * len(sizes) / min(count, len(sizes))
     chosen = np.sort(np.argsort(sizes, kind="stable")[places.astype(np.int64)])
     examples = [corpus.examples[number] for number in chosen.tolist()]
@@ -252,7 +253,8 @@ def _sample(corpus: Corpus, teacher: Teacher, options: DumpOptions, *, count: in
 def _image_sample(corpus: Corpus, teacher: Teacher, *, count: int) -> _Sample:
     """Rows at even distances: all images are as large, once they are processed."""
     total = len(corpus.examples)
-    examples = [corpus.examples[number] for number in np.arange(min(count, total)) * total // min(count, total)]
+    places = np.arange(min(count, total)) * total // min(count, total)
+    examples = [corpus.examples[number] for number in places.tolist()]
     images = ImageReader(teacher.processor, teacher.model, first=examples[0])
     labels = encode_task_labels(teacher.task, examples, teacher.label_names)
     return _Sample(images.tokenize(examples, labels.classes).examples, total, 1, 0, 0, images)

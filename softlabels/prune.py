@@ -73,7 +73,7 @@ def weigh_by_gradients(run: Run, cache: Cache, *, rows: int = IMPORTANCE_ROWS) -
             f"that it was trained from"
         )
     scores = HeadScores(student)
-    numbers = torch.arange(min(rows, len(cache.ids))).numpy()
+    numbers = torch.arange(min(rows, cache.rows)).numpy()
     with scores.watch(), torch.enable_grad():
         for start in range(0, len(numbers), _BATCH):
             batch = cache.batch(numbers[start : start + _BATCH], ["logits"])

@@ -6,6 +6,7 @@ A corpus's rows and a task come in; token rows with the labels that the cache fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import torch
 import xxhash
 
 from softlabels.config import Masking
+from softlabels.corpora.repeated import RepeatedRows
+from softlabels.corpora.spool import SpooledRows
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import ConfigError, CorpusError, TeacherError
 from softlabels.tokens import Tokenized, tokenize
@@ -32,6 +35,8 @@ from softlabels.types import (
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_AT_ONCE = 1 << 14  # rows of a streamed corpus whose labels are looked at together
 
 # How the classes of transformers end, and the one that loads them. Of two that fit, the first.
 _ENDINGS: tuple[tuple[str, Task], ...] = (
@@ -116,6 +121,37 @@ class TaskLabels:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LaterLabels:
+    """The labels of rows that aren't in memory: encoded a part at a time."""
+
+    task: Task
+    examples: Sequence[Example]
+    label_names: Sequence[str]
+    labelled: int  # how many rows have a label
+
+    def part(self, start: int, stop: int) -> TaskLabels:
+        """Those of rows `start` to `stop`."""
+        return encode_task_labels(self.task, self.examples[start:stop], self.label_names)
+
+
+def encode_corpus_labels(
+    task: Task, examples: Sequence[Example], label_names: Sequence[str]
+) -> TaskLabels | LaterLabels:
+    """As `encode_task_labels`, which checks all rows; but of a streamed corpus no label is kept in memory."""
+    if isinstance(examples, list):
+        return encode_task_labels(task, examples, label_names)
+    facts = examples.facts if isinstance(examples, SpooledRows) else None
+    if facts is not None and facts.labels is not None and task in ("sequence-classification", IMAGES):
+        distinct = [Example("", "", label=label) for label, _ in facts.labels]
+        with suppress(CorpusError):  # one is unknown: all rows are looked at, to name those that have it
+            encode_labels(distinct, label_names)
+            return LaterLabels(task, examples, label_names, sum(count for _, count in facts.labels))
+    parts = (examples[start : start + _AT_ONCE] for start in range(0, len(examples), _AT_ONCE))
+    labelled = sum(encode_task_labels(task, part, label_names).labelled for part in parts)
+    return LaterLabels(task, examples, label_names, labelled)
+
+
 def encode_task_labels(task: Task, examples: Sequence[Example], label_names: Sequence[str]) -> TaskLabels:
     """The rows' labels for a teacher of these `label_names`; CorpusError names those that it doesn't know."""
     none = [NO_LABEL] * len(examples)
@@ -173,8 +209,8 @@ def mask_often(corpus: Corpus, masking: Masking) -> Corpus:
     """`corpus` with `masking.times` copies of every row, each to be masked in its own way; ids 'x#0', 'x#1', …"""
     if masking.times == 1:
         return corpus
-    copies = [replace(row, id=f"{row.id}#{number}") for row in corpus.examples for number in range(masking.times)]
-    return replace(corpus, examples=copies)
+    rows: Sequence[Example] = RepeatedRows(corpus.examples, masking.times)
+    return replace(corpus, examples=rows if isinstance(corpus.examples, SpooledRows) else list(rows))
 
 
 def tokenize_task(

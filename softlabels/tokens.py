@@ -168,7 +168,7 @@ def shuffled_batches(
     batches = []
     for start in range(0, len(order), window * batch_size):
         chunk = order[start : start + window * batch_size]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]  # in place: batches are views of one array
         batches += [chunk[first : first + batch_size] for first in range(0, len(chunk), batch_size)]
     return [batches[number] for number in rng.permutation(len(batches))]
 
@@ -202,7 +202,7 @@ def windowed_batches(
     batches = []
     for start in range(0, len(order), group * batch_size):
         chunk = order[start : start + group * batch_size]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]
         parts = [chunk[first : first + batch_size] for first in range(0, len(chunk), batch_size)]
         batches += [parts[number] for number in rng.permutation(len(parts))]
     return batches

@@ -122,6 +122,7 @@ def _train_epoch(
         batch_size=size(stretch.phase.batch_size),
         seed=options.seed,
         epoch=state.epoch,
+        window=options.window,
         options=LoadOptions(reuse=True),  # a batch is done with when the next one is asked for
     )
     total, mine = 0.0, learner.processes.part(loader)  # rows of each batch; all of them, where one process trains alone

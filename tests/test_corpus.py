@@ -18,17 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softlabels.corpus import (
-    READERS,
-    Corpus,
-    arrow_table,
-    check_trainable,
-    dataset_table,
-    encode_labels,
-    hub_candidates,
-    parse_split,
-    read_corpus,
-)
+from softlabels.corpora.hub import hub_candidates
+from softlabels.corpora.sources import parse_split
+from softlabels.corpora.tables import READERS, class_names_of, dataset_source
+from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.errors import CorpusError
 from softlabels.types import NO_LABEL, Example, Label
 
@@ -479,10 +472,10 @@ def reviews(names: list[str]):  # -> datasets.Dataset
 
 def test_dataset_of_named_classes(tmp_path: Path) -> None:
     dataset = reviews(["bad", "good"])
-    table = dataset_table(dataset, where="x")
+    table = dataset_source(dataset, where="x")
     assert table.class_names == {"label": ["bad", "good"]}
     assert table.column("label") == [1, 0, -1]
-    assert dataset_table(dataset.select([2, 0]), where="x", limit=1).column("sentence") == ["no idea"]
+    assert dataset_source(dataset.select([2, 0]), where="x", limit=1).column("sentence") == ["no idea"]
     # the same through files, which keep the names in their schema
     dataset.to_parquet(str(tmp_path / "x.parquet"))
     corpus = read_corpus(tmp_path / "x.parquet")
@@ -498,9 +491,9 @@ def test_label_outside_its_classes() -> None:
     table = pa.table({"text": ["a"], "label": [5]})
     features = {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    assert arrow_table(table.replace_schema_metadata(metadata), where="x").class_names == {"label": ["x", "y"]}
+    assert class_names_of(table.replace_schema_metadata(metadata).schema) == {"label": ["x", "y"]}
     for odd in ("[]", "{", '{"info": 3}', '{"info": {"features": {"a": 1}}}'):
-        assert arrow_table(table.replace_schema_metadata({"huggingface": odd}), where="x").class_names == {}
+        assert class_names_of(table.replace_schema_metadata({"huggingface": odd}).schema) == {}
 
 
 def test_label_outside_its_classes_in_a_file(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ LAYERS = {
         "captures",
         "checkpoint",
         "config",
+        "corpora",
         "corpus",
         "docstring_kinds",
         "docstrings",

@@ -152,6 +152,26 @@ def test_the_first_rows_alone_may_teach(cache: Cache, tmp_path: Path) -> None:
     assert report.rows == 3  # of the first five, two have no label
 
 
+def test_rows_are_shuffled_within_a_window(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softlabels.cache import reader
+
+    seen: list[tuple[int, int]] = []
+    real = reader.windowed_batches
+
+    def record(lengths: Any, shards: Any, **how: Any) -> list[np.ndarray]:
+        batches = real(lengths, shards, **how)
+        seen.append((how["window"], sum(map(len, batches))))
+        return batches
+
+    monkeypatch.setattr(reader, "windowed_batches", record)
+    chosen = options(epochs=2, window=2, validation=0.0)
+    report = train_student(cache, out=tmp_path / "run", options=chosen, cpu=True)
+    assert seen == [(2, report.rows)] * 2
+    linear = StudentOptions(student="linear", losses={"mse_logits": 1.0}, window=2)
+    with pytest.raises(ConfigError, match="leave --window out"):
+        train_student(cache, out=tmp_path / "linear", options=linear, cpu=True)
+
+
 def test_training_stops_early_and_keeps_the_best_epoch(cache: Cache, tmp_path: Path) -> None:
     chosen = options(epochs=60, lr=0.05, patience=2, losses={"ce": 1}, validation=0.3)
     report = train_student(cache, out=tmp_path / "run", options=chosen, cpu=True)

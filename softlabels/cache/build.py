@@ -47,6 +47,7 @@ from softlabels.cache.parts import Claim, Part, claim_shards, refuse_parts
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
+from softlabels.corpora.repeated import has_unique_ids
 from softlabels.corpus import Corpus
 from softlabels.errors import CacheError, CorpusError
 from softlabels.factors import LogitFactors
@@ -461,6 +462,8 @@ def check_rows(corpus: Corpus) -> None:
     """CorpusError where there is nothing to keep, or rows could not be told apart."""
     if not corpus.examples:
         raise CorpusError(f"corpus {corpus.source} has no rows")
+    if has_unique_ids(corpus.examples):
+        return
     seen: set[str] = set()
     for example in corpus.examples:
         if example.id in seen:

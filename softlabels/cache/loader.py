@@ -36,6 +36,22 @@ class LoadOptions:
     as_stored: bool = False  # float16 and bfloat16 as they are, for a device to widen them
 
 
+@dataclass(frozen=True, slots=True)
+class PickedRows(Sequence[np.ndarray]):
+    """Batches of `rows`, by their places in it; the row numbers of a batch are made when it is asked for."""
+
+    rows: np.ndarray  # (N,)
+    places: list[np.ndarray]  # of each batch
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:  # an int, or a slice, which gives a list
+        if isinstance(index, slice):
+            return [self.rows[places] for places in self.places[index]]
+        return self.rows[self.places[index]]
+
+
 class CacheLoader:
     """Iterates over `batches` of row numbers as `CacheBatch`es. May be iterated again, also at the same time."""
 

@@ -22,7 +22,7 @@ from softlabels.cache.batches import LABELS, BatchReader, CacheBatch
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
 from softlabels.cache.gather import Buffers, FreshBuffers
-from softlabels.cache.loader import READ_AHEAD, CacheLoader, LoadOptions
+from softlabels.cache.loader import READ_AHEAD, CacheLoader, LoadOptions, PickedRows
 from softlabels.cache.shards import check_lengths, check_size, count_targets, open_shard
 from softlabels.cache.urls import is_url
 from softlabels.cache.writer import SCALE, read_channels
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 LOOK_AGAIN = 0.05
 _LOOK_AT_ALL = 64  # open files at the most, for which that takes no more than a hundredth of the time
 _AHEAD = 16  # shards of a cache at a URL that are asked for before they are read
+_PLACED = 1 << 16  # rows whose places are worked out at a time
 _OPEN_SHARDS = 8192  # mapped at a time; the system commonly allows a process 65,530 mappings
 
 
@@ -296,7 +297,7 @@ class Cache:
         else:
             shards = rows // self.manifest.dump.shard_rows
             batches = windowed_batches(lengths, shards, batch_size=batch_size, rng=rng, window=window, group=group)
-        return CacheLoader(self, [rows[numbers] for numbers in batches], fields, options or LoadOptions())
+        return CacheLoader(self, PickedRows(rows, batches), fields, options or LoadOptions())
 
     @cached_property
     def reader(self) -> BatchReader:
@@ -324,9 +325,12 @@ class Cache:
             self._lists[key] = _Lists([channels], [np.array([0, len(channels)])], np.array([0, 1]))
         return self._lists[key].row(0)
 
-    def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+    def _places(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(shard, row in it) of each of `rows`."""
         size = self.manifest.dump.shard_rows
-        return [(int(row) // size, int(row) % size) for row in rows]
+        for start in range(0, len(rows), _PLACED):
+            for row in rows[start : start + _PLACED].tolist():
+                yield row // size, row % size
 
     # -------------------------------------------------------------------------------------------------- shards
 

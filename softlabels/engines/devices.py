@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -64,18 +64,20 @@ def run_on_devices(
     devices: Sequence[str],
     open_steps: OpenSteps,
     build: CacheBuild,
-    tasks: Iterable[ShardTask],
+    tasks: Sequence[ShardTask],
     *,
     overflow: Overflow,
     update: Update,
 ) -> Outcome:
     """Do all `tasks` on `devices`, a process each; to be called by the one that holds the lock of `build`.
 
+    A task is taken from `tasks` when its turn has come, so they need not all be in memory.
+
     An error of a worker ends them all and is raised here. TeacherError where a shard had two workers die, or none is
     left. On the CPU the cores are shared among the processes; float32 values are the same bytes as from one process
     that computes with as many threads as each of them, and otherwise equal to rounding.
     """
-    pool = _Pool(build, deque(tasks), update)
+    pool = _Pool(build, _Waiting(tasks), update)
     try:
         for device in devices:
             pool.start(device, open_steps, overflow, among=sum(torch.device(other).type == "cpu" for other in devices))
@@ -106,10 +108,27 @@ class _Worker:
     rows: int = 0  # told of the shard in work
 
 
+class _Waiting:
+    """Tasks that nobody has: those that were given back, and then all that were not yet taken."""
+
+    def __init__(self, tasks: Sequence[ShardTask]) -> None:
+        self.tasks, self.taken = tasks, 0
+        self.back: deque[ShardTask] = deque()
+
+    def __len__(self) -> int:
+        return len(self.back) + len(self.tasks) - self.taken
+
+    def take(self) -> ShardTask:
+        if self.back:
+            return self.back.popleft()
+        self.taken += 1
+        return self.tasks[self.taken - 1]
+
+
 class _Pool:
     """The workers, and what they have of the shards."""
 
-    def __init__(self, build: CacheBuild, waiting: deque[ShardTask], update: Update) -> None:
+    def __init__(self, build: CacheBuild, waiting: _Waiting, update: Update) -> None:
         self.build, self.waiting, self.update = build, waiting, update
         self.workers: list[_Worker] = []
         self.deaths: Counter[int] = Counter()
@@ -182,7 +201,7 @@ class _Pool:
         for worker in self.workers:
             ahead = len(self.waiting) > len(self.workers)  # a shard in advance, while enough are left for the others
             if worker.asks and self.waiting and (ahead or not worker.claimed):
-                worker.claimed.append(self.waiting.popleft())
+                worker.claimed.append(self.waiting.take())
                 worker.asks = False
                 _send(worker.pipe, worker.claimed[-1])
             elif worker.asks and not worker.claimed and (task := self._take_back()) is not None:
@@ -218,7 +237,7 @@ class _Pool:
                 f"{'; '.join(self.lost)}, and no other process is left. What was committed is kept: give the same "
                 f"command again to go on"
             )
-        self.waiting.extendleft(reversed(worker.claimed))
+        self.waiting.back.extendleft(reversed(worker.claimed))
 
     def close(self) -> None:
         for worker in self.workers:

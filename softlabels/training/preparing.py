@@ -37,6 +37,8 @@ def check_options(options: StudentOptions) -> None:
         return
     if options.prune is not None:
         raise ConfigError("the linear student is fitted in one go, and its weights can't be pruned: leave 'prune' out")
+    if options.window is not None:
+        raise ConfigError("the linear student is fitted in one go, on all rows: leave --window out")
     if options.phases:
         raise ConfigError("the linear student is fitted in one go: give it 'losses' and no 'phases'")
     if options.loss_names() not in ({"mse_logits"}, {"ce"}):
