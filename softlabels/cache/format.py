@@ -425,6 +425,11 @@ def to_json(model: BaseModel) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of `folder`; CacheError where there is none or it is damaged."""
     if not folder.is_dir():
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # of its slashes a path keeps one
+            from softlabels.cache.urls import redact
+
+            shown = redact(str(folder).replace(":/", "://", 1))
+            raise CacheError(f"{shown} is a URL, and a folder is needed here: `softlabels pull` makes one of it")
         raise CacheError(f"no cache at {folder}: no such folder. Make one with `softlabels dump … --out {folder}`")
     try:
         raw = read_inside(folder, MANIFEST, limit=MANIFEST_LIMIT)

@@ -86,7 +86,14 @@ class Place:
             )
         self.given = url  # with what is secret of it
         self._local = threading.local()
-        self._shared, self._root = self._connect()
+        try:
+            self._shared, self._root = self._connect()
+        except ConfigError:
+            raise
+        except Exception as error:  # some connect at once
+            if _is_hopeless(error):
+                raise self._refused(error) from None
+            raise CacheError(f"{self.shown} can't be reached: {self.hide(error)}") from None
 
     def _connect(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs

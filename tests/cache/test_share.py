@@ -562,3 +562,11 @@ def test_the_commands(cache: Path, bucket: str, tmp_path: Path, capfd: pytest.Ca
     ):
         code, out, told = run(*arguments)
         assert code == 2 and not out and told.startswith("error: ") and words in told, told
+
+
+def test_a_url_where_a_folder_is_needed(cache: Path, tmp_path: Path):
+    with pytest.raises(CacheError, match=r"s3://\*\*\*@bucket/x is a URL, and a folder is needed.*pull"):
+        verify_cache("s3://KEY:pass-word@bucket/x".replace("//", "/"))
+    with pytest.raises(CacheError, match=r"sftp://\*\*\*@127.0.0.1:9/x can't be reached"):
+        pytest.importorskip("paramiko")
+        pull("sftp://anna:pass-word@127.0.0.1:9/x", tmp_path / "no")
