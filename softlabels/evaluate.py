@@ -144,7 +144,7 @@ def _teacher_logits(student: Run | Average, corpus: Corpus, cache: Cache) -> np.
     cache.require(["logits"], why="fidelity")
     if cache.label_names != student.label_names:
         raise CacheError(
-            f"cache {cache.path} has the classes {cache.label_names}, the student {student.label_names}: "
+            f"cache {cache.shown} has the classes {cache.label_names}, the student {student.label_names}: "
             f"give a cache of the student's own teacher"
         )
     shared, theirs = _join(corpus, cache)
@@ -172,7 +172,7 @@ def _join(corpus: Corpus, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(i, rows[key]) for i, example in enumerate(tokens) if (key := (example.id, token_hash(example))) in rows]
     if not pairs:
         raise CacheError(
-            f"no row of {corpus.source} is in cache {cache.path} (by id and tokens): "
+            f"no row of {corpus.source} is in cache {cache.shown} (by id and tokens): "
             f"dump this corpus with the student's teacher and give that cache"
         )
     return np.array([i for i, _ in pairs]), np.array([row for _, row in pairs])

@@ -15,7 +15,7 @@ def what_is_lacking(lacking: Mapping[str, str], cache: Cache) -> str:
     have = ", ".join(sorted(cache.fields)) or "no field"
     first = min(lacking)
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    said = f"loss '{lacking[first]}' needs {first}{more}; cache {cache.path} holds {have}. "
+    said = f"loss '{lacking[first]}' needs {first}{more}; cache {cache.shown} holds {have}. "
     if cache.manifest.combined is not None:
         return said + _where_of_combined(cache)
     return f"{said}Add it with: {_dump_command(cache)}{capture_options(lacking)}"
@@ -38,7 +38,7 @@ def _where_of_combined(cache: Cache) -> str:
 def _dump_command(cache: Cache) -> str:
     """The command that goes on with the cache: another configuration would be refused."""
     manifest, usual = cache.manifest, DumpOptions()
-    said = {"--split": manifest.corpus.split, "--teacher": manifest.teacher.name, "--out": str(cache.path)}
+    said = {"--split": manifest.corpus.split, "--teacher": manifest.teacher.name, "--out": cache.shown}
     if manifest.teacher.task != "sequence-classification":
         said["--task"] = manifest.teacher.task
     said["--max-length"] = str(manifest.dump.max_length)

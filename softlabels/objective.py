@@ -460,7 +460,7 @@ def _known_layers(cache: Cache) -> int:
     layers = teacher_layers(cache)
     if layers is None:
         raise CacheError(
-            f"cache {cache.path} does not say how many layers its teacher has: a loss on layers needs a "
+            f"cache {cache.shown} does not say how many layers its teacher has: a loss on layers needs a "
             f"teacher/config.json, which softlabels dump writes"
         )
     return layers

@@ -59,7 +59,7 @@ def _check_caches(caches: Mapping[str, Cache]) -> None:
         task = cache.manifest.teacher.task
         if task != "sequence-classification":
             raise CacheError(
-                f"task '{name}': several tasks are classified by one encoder, and the teacher of cache {cache.path} "
+                f"task '{name}': several tasks are classified by one encoder, and the teacher of cache {cache.shown} "
                 f"is for {task}"
             )
     for name, cache in others:

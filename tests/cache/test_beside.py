@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from softlabels.cache.format import read_manifest
 from softlabels.cache.licence import FACTS, build_facts, keep_facts
 from softlabels.cache.pull import pull
 from softlabels.cache.push import push
 from softlabels.cache.signing import SIGNATURE, SUMS, sign_cache
-from softlabels.cache.sshsig import load_private_key
 from softlabels.cache.verify import verify_cache
 from tests.cache.test_share import make_cache
-from tests.cache.test_signing import KEY, OTHER, key_file, public
+from tests.cache.test_signing import KEY, OTHER, public
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def cache(tmp_path: Path) -> Path:
     """A signed cache with a licence."""
     make_cache(tmp_path / "cache")
     keep_facts(tmp_path / "cache", build_facts(license="mit"))
-    sign_cache(tmp_path / "cache", load_private_key(key_file(tmp_path)))
+    sign_cache(tmp_path / "cache", read_manifest(tmp_path / "cache"), KEY)
     return tmp_path / "cache"
 
 
