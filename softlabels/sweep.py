@@ -18,7 +18,7 @@ from typing import Any
 
 from softlabels.cache import Cache
 from softlabels.cache.files import lock
-from softlabels.config import CombineOptions
+from softlabels.config import CombineOptions, RayOptions
 from softlabels.corpus import Corpus
 from softlabels.errors import ConfigError
 from softlabels.progress import progress
@@ -93,6 +93,7 @@ def sweep(
     jobs: int | None = None,
     cpu: bool = False,
     runner: Runner | None = None,
+    ray: RayOptions | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SweepResult:
     """Train a student for every point of `axes` and every seed, and hold them by a metric on `validation`.
@@ -102,7 +103,8 @@ def sweep(
     `validation` each trial holds rows of its cache out. `test` is scored too and chooses nothing.
 
     By default as many `jobs` as cores train at once on a CPU, each on its share of the threads, and one on a GPU;
-    `runner` may run trials elsewhere. A trial that fails is told by `say` and has its error in the table; the others
+    with `ray` the workers of a cluster train them, which see the folders under the same paths; `runner` may run trials
+    elsewhere still. A trial that fails is told by `say` and has its error in the table; the others
     go on. ConfigError for what no trial can have, and where all failed.
     """
     started, folder = time.monotonic(), Path(out)
@@ -124,7 +126,7 @@ def sweep(
     with lock(folder):
         ledger.claim(_card(space, options, metric, cache, setting))
         book = _Book(ledger, space, options, metric, say)
-        run = runner or _choose_runner(jobs, book.total, cpu=cpu)
+        run = runner or (_on_cluster(ray) if ray else _choose_runner(jobs, book.total, cpu=cpu))
         with progress(book.total, description="sweep", unit="trials", done=book.count_done()) as update:
             try:
                 run(setting, book.draw(), tell=book.hearing(update), tick=lambda: update(0))
@@ -194,6 +196,12 @@ def _choose_runner(jobs: int | None, trials: int, *, cpu: bool) -> Runner:
     if jobs is None:
         jobs = 1 if torch.cuda.is_available() and not cpu else count_cores()
     return run_here if min(jobs, trials) == 1 else run_in_processes(min(jobs, trials))
+
+
+def _on_cluster(options: RayOptions) -> Runner:
+    from softlabels.sweeping.ray_runner import run_on_cluster
+
+    return run_on_cluster(options)
 
 
 def _card(space: Space, options: SweepOptions, metric: str, cache: Cache, setting: Setting) -> dict[str, Any]:

@@ -15,7 +15,8 @@ EXAMPLES = (
     "Examples:  softlabels sweep cache --student bilstm --temperature 1,2,4,8 --loss kl=0.3,0.5,0.7 --loss ce=0.3 "
     "--seeds 0,1,2 --eval dev.csv --out sweeps/t   |   softlabels sweep cache --recipe hinton --random 20 --set "
     "lr=1e-4..1e-2:log --set options.hidden_size=50..300 --eval dev.csv --out sweeps/random   |   softlabels sweep "
-    "cache --student bilstm --optuna 30 --temperature 1..10 --out sweeps/tpe"
+    "cache --student bilstm --optuna 30 --temperature 1..10 --out sweeps/tpe   |   softlabels sweep /shared/cache "
+    "--student bilstm --temperature 1,2,4 --out /shared/sweep --engine ray --address auto"
 )
 Values = "V,V,..."
 
@@ -93,6 +94,18 @@ def sweep(
             min=1, help="trials at once, each on its share of the cores; by default as many as cores (GPU: 1)"
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|ray", help="ray: trials on the workers of a Ray cluster (pip install 'softlabels[ray]')"
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray cluster, as for dump: local (default), auto, ray://HOST:10001")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="of the Ray cluster; by default as many as fit")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="0.5: two trials share one; 0: on the CPU")] = None,
+    cpus_per_worker: Annotated[float | None, typer.Option(help="of a trial, and its threads; by default 1")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="keep the run folders of the best N trials only")] = None,
     text: Annotated[
         str | None, typer.Option(metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs")
@@ -147,6 +160,18 @@ def sweep(
         doubled = next(axis.key for axis in parsed if [other.key for other in parsed].count(axis.key) > 1)
         raise ConfigError(f"'{doubled}' is given twice: list its values in one place")
     check_space(SpaceOf(tuple(axes), fixed, recipe), options)  # before anything heavy is imported
+    ray = _ray(
+        engine,
+        {
+            "address": address,
+            "workers": workers,
+            "gpus_per_worker": gpus_per_worker,
+            "cpus_per_worker": cpus_per_worker,
+        },
+        jobs=jobs,
+        optuna=optuna,
+        cpu=cpu,
+    )
 
     from softlabels.corpus import read_corpus
     from softlabels.sweep import sweep as run_sweep
@@ -164,6 +189,7 @@ def sweep(
         test=tested,
         jobs=jobs,
         cpu=cpu,
+        ray=ray,
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, default=str) if as_json else sweep_table(result))
@@ -173,6 +199,26 @@ def sweep(
             f"{result.results}, column error. The same command tries them again",
             err=True,
         )
+
+
+def _ray(engine: str | None, given: dict[str, Any], *, jobs: int | None, optuna: int | None, cpu: bool) -> Any:
+    """The RayOptions of `--engine ray`; None for this machine alone."""
+    from softlabels.config import RayOptions, build_options, suggest
+
+    named = {key: value for key, value in given.items() if value is not None}
+    if engine not in (None, "local", "ray"):
+        raise ConfigError(f"--engine {engine}: there are local and ray.{suggest(engine, ['local', 'ray'])}")
+    if engine != "ray":
+        if named:
+            raise ConfigError(f"--{next(iter(named)).replace('_', '-')} is of a Ray cluster: add --engine ray")
+        return None
+    if jobs is not None:
+        raise ConfigError("--jobs is of this machine: with --engine ray give --workers")
+    if optuna is not None:
+        raise ConfigError("Optuna chooses by what came before, one trial at a time: give --optuna without --engine ray")
+    if cpu:
+        named["gpus_per_worker"] = 0.0
+    return build_options(RayOptions, named, where="sweep --engine ray")
 
 
 def _pairs(name: str, items: list[str], *, bare: str | None = None) -> list[tuple[str, str]]:
