@@ -15,7 +15,7 @@ rows; mobilebert's student is as deep and wide as MiniLM.
 
 Recipes that look at layers learn from the first rows of the cache only, LAYER_ROWS of them, labelled ones first: they
 cost ten times as much a row. So that they take as many steps as their twins, their epochs are LAYER_EPOCHS times the
-recipe's.
+recipe's. The others have as many steps as their twins too, where the recipe has fewer epochs.
 
 The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
 trained on the labelled rows' labels alone for TWIN_EPOCHS (a transformer, TWIN_EPOCHS_OF_TRANSFORMERS). Of student and
@@ -216,6 +216,10 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 for settings in options.get("phases") or [options]:
                     usual = settings.get("epochs", options.get("epochs", 1))
                     settings["epochs"] = max(1, LAYER_EPOCHS * usual // scale)
+            else:
+                for settings in options.get("phases") or [options]:
+                    usual = settings.get("epochs", options.get("epochs", 1))
+                    settings["epochs"] = max(1, max(usual, as_many_steps(task)) // scale)
             epochs = TWIN_EPOCHS_OF_TRANSFORMERS if options["student"] == "transformer" else TWIN_EPOCHS
             epochs = max(1, epochs // scale)
             hard: dict[str, Any] = {
@@ -228,6 +232,11 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
             for seed in range(seeds):
                 yield Job(task_name, recipe_name, entry.name, "soft", seed, options | {"seed": seed}, twin)
                 yield Job(task_name, recipe_name, entry.name, "hard", seed, hard | {"seed": seed}, twin)
+
+
+def as_many_steps(task: Task) -> int:
+    """Epochs of all rows in which a student takes as many steps as its twin does of the labelled ones."""
+    return -(-TWIN_EPOCHS * task.labelled // (task.labelled + task.unlabelled))
 
 
 def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folder: Path) -> dict[str, Any]:
