@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 
 from softlabels.config import DumpOptions
-from softlabels.corpora import spool, tables
-from softlabels.corpora.spool import SpooledRows
-from softlabels.corpora.tables import READERS
+from softlabels.corpora import spool, text_files
+from softlabels.corpora.files import READERS
+from softlabels.corpora.spooled_rows import SpooledRows
 from softlabels.corpus import Corpus, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, CorpusError
@@ -241,7 +241,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_LONGEST", 1 << 20)
+    monkeypatch.setattr(text_files, "_LONGEST", 1 << 20)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "' + "t" * (2 << 20) + '"}')
     with pytest.raises(CorpusError, match="line 1 is longer than 1 MB"):
