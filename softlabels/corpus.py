@@ -5,9 +5,9 @@ library's `save_to_disk` wrote, or of a folder of images a class; a Hugging Face
 `name:config`, or any of these after `hf:`); `builtin:docstrings`. Out: a `Corpus`. Whatever is wrong with the input is
 one CorpusError that says where.
 
-`softlabels.corpora` has the parts: what a name stands for (sources), a format's tables (tables), and the columns, ids,
-texts and labels of all formats judged in one place (columns), so the same rows make the same corpus whatever file they
-come in. A large corpus is never in memory: its rows go through a file (spool), a few thousand at a time.
+`softlabels.corpora` has the parts: what a name stands for (sources), a format's tables (files), and the columns, ids,
+texts and labels of all formats judged in one place (columns, class_labels), so the same rows make the same corpus
+whatever file they come in. A large corpus is never in memory: its rows go through a file (spool).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 from softlabels.corpora.class_labels import INTEGER, find_kind, in_kind, name_labels, several
 from softlabels.corpora.columns import choose_columns, judge_rows, need_column
 from softlabels.corpora.sources import find_parts, parse_split
-from softlabels.corpora.spool import RowHash, SpooledRows, Wanted, refuse_doubled, spool_rows
+from softlabels.corpora.spool import Wanted, refuse_doubled, spool_rows
+from softlabels.corpora.spooled_rows import RowHash, SpooledRows
 from softlabels.corpora.tables import list_some
 from softlabels.errors import CorpusError
 from softlabels.types import IMAGES, NO_LABEL, Example, Task

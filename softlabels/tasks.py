@@ -16,7 +16,7 @@ import xxhash
 
 from softlabels.config import Masking
 from softlabels.corpora.repeated import RepeatedRows
-from softlabels.corpora.spool import SpooledRows
+from softlabels.corpora.spooled_rows import SpooledRows
 from softlabels.corpus import Corpus, encode_labels
 from softlabels.errors import ConfigError, CorpusError, TeacherError
 from softlabels.tokens import Tokenized, tokenize

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from softlabels.corpora.arrow_files import class_names_of, dataset_source
+from softlabels.corpora.files import READERS
 from softlabels.corpora.hub import hub_candidates
 from softlabels.corpora.sources import parse_split
-from softlabels.corpora.tables import READERS, class_names_of, dataset_source
 from softlabels.corpus import Corpus, check_trainable, encode_labels, read_corpus
 from softlabels.errors import CorpusError
 from softlabels.types import NO_LABEL, Example, Label

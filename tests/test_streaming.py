@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 
 from softlabels.config import DumpOptions
-from softlabels.corpora import spool, tables
-from softlabels.corpora.spool import SpooledRows
-from softlabels.corpora.tables import READERS
+from softlabels.corpora import spool, text_files
+from softlabels.corpora.files import READERS
+from softlabels.corpora.spooled_rows import SpooledRows
 from softlabels.corpus import Corpus, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, CorpusError
@@ -98,7 +98,7 @@ def test_the_same_corpus_from_every_format(tmp_path: Path, suffix: str, rows: li
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", ROWS)
-    rows, wanted = streamed(path).examples, read_corpus(path).examples
+    rows, wanted = streamed(path).examples, list(read_corpus(path).examples)
     assert len(rows) == 11
     assert [rows[number] for number in range(-11, 11)] == wanted * 2
     for part in (slice(0, 0), slice(2, 9), slice(-4, None), slice(None, None, 3), slice(9, 2, -2), slice(8, 99)):
@@ -241,7 +241,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_LONGEST", 1 << 20)
+    monkeypatch.setattr(text_files, "_LONGEST", 1 << 20)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "' + "t" * (2 << 20) + '"}')
     with pytest.raises(CorpusError, match="line 1 is longer than 1 MB"):
@@ -400,7 +400,12 @@ def test_a_stopped_dump_reads_nothing_again(tmp_path: Path, teacher: Path, monke
         unreadable(patch)
         batches: list[int] = []
         real_read = SpooledRows._read
-        patch.setattr(SpooledRows, "_read", lambda rows, number: batches.append(number) or real_read(rows, number))
+
+        def counted(rows: SpooledRows, number: int) -> list[Example]:
+            batches.append(number)
+            return real_read(rows, number)
+
+        patch.setattr(SpooledRows, "_read", counted)
         report = dump(streamed(path), teacher=str(teacher), out=tmp_path / "parts", options=options_of(), device="cpu")
     assert (report.rows, report.new_rows) == (11, 7)
     # the probe looks at the first thousand, which are all here; then the rows of what is missing, each batch once

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import overload
 
-from softlabels.corpora.spool import SpooledRows
+from softlabels.corpora.spooled_rows import SpooledRows
 from softlabels.types import Example
 
 

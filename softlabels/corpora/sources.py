@@ -9,17 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from softlabels.corpora.arrow_files import dataset_bytes, dataset_source
+from softlabels.corpora.files import READERS, read_source
 from softlabels.corpora.hub import is_hub_name, load_hub
-from softlabels.corpora.tables import (
-    READERS,
-    Source,
-    column_source,
-    dataset_bytes,
-    dataset_source,
-    first_line,
-    list_some,
-    read_source,
-)
+from softlabels.corpora.tables import Source, column_source, first_line, list_some
 from softlabels.errors import CorpusError
 from softlabels.images import find_class_folders
 

@@ -14,21 +14,20 @@ import contextlib
 import fcntl
 import json
 import os
-import threading
 import time
 from array import array
-from bisect import bisect_right
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from softlabels.corpora.class_labels import Kind, find_kind, in_kind, name_labels, several
 from softlabels.corpora.columns import Columns, choose_columns, judge_rows
 from softlabels.corpora.sources import Part
+from softlabels.corpora.spooled_rows import MOST_LABELS, Facts, RowHash, SpooledRows, parse_label
 from softlabels.corpora.tables import CHUNK_ROWS, Source, list_some
 from softlabels.errors import CorpusError
 from softlabels.progress import progress
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEEP_DAYS = 14  # after its last use
 _TEMPORARY = ".tmp-"
-_MOST_LABELS = 10_000  # distinct ones that are counted
-_OPEN_BATCHES = 2  # whose rows are held: a shard may lie across two
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,138 +58,6 @@ class Wanted:
         how = [FORMAT, places, self.text, self.label, self.rows, self.task]
         states = [part.state for part in self.parts]
         return xxhash.xxh3_64_hexdigest(json.dumps(how).encode()), xxhash.xxh3_64_hexdigest(json.dumps(states).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of kept rows."""
-
-    bytes: int  # of the file
-    ends: list[int]  # the number of the row behind each batch
-    hash: str  # as `Corpus.hash`
-    kind: Kind  # what the file's labels become
-    label_names: list[str] | None
-    labels: list[tuple[Label, int]] | None  # each distinct one, as it is handed out, and its rows; None: too many
-
-
-class RowHash:
-    """xxh3-128 (hex) over every row's id, text, text_b and label, words or target, in order."""
-
-    def __init__(self) -> None:
-        self._hasher = xxhash.xxh3_128()
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
-
-    def add(self, rows: Iterable[Example]) -> RowHash:
-        """With these rows behind those before."""
-        for row in rows:
-            # as JSON, no two rows look alike: None is not "None", and 1 is not "1"
-            parts = [row.id, row.text, row.text_b, row.label]
-            parts += [part for part in (row.words, row.target) if part is not None]
-            self._hasher.update(self._encode(parts).encode())
-        return self
-
-    def hexdigest(self) -> str:
-        """Of all so far."""
-        return self._hasher.hexdigest()
-
-
-class SpooledRows(Sequence[Example]):
-    """The rows of a kept corpus, read from its file as they are asked for; their ids are known to be unique.
-
-    A slice is a list. Iterating reads a batch at a time; threads may share it, and to another process goes the path.
-    """
-
-    def __init__(self, path: Path, facts: Facts) -> None:
-        import pyarrow as pa
-
-        self.path, self.facts = path, facts
-        # read, not mapped: of a mapped file every page that was looked at counts as this process's memory
-        self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
-        self._open: OrderedDict[int, list[Example]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._labels: dict[str, Label] = {}
-
-    def __len__(self) -> int:
-        return self.facts.ends[-1]
-
-    def __iter__(self) -> Iterator[Example]:
-        for number in range(len(self.facts.ends)):
-            yield from self._read(number)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return self._slice(range(len(self))[index])
-        place = range(len(self))[index]  # IndexError as of a list; and from the end
-        number = bisect_right(self.facts.ends, place)
-        return self._rows(number)[place - self._start(number)]
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the rows are the same ones, of a list too."""
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return all(ours == theirs for ours, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Callable[[Path, Facts], SpooledRows], tuple[Path, Facts]]:
-        return SpooledRows, (self.path, self.facts)
-
-    def _start(self, number: int) -> int:
-        return self.facts.ends[number - 1] if number else 0
-
-    def _slice(self, places: range) -> list[Example]:
-        if places.step != 1:
-            return [self[place] for place in places]
-        found: list[Example] = []
-        number = bisect_right(self.facts.ends, places.start)
-        while len(found) < len(places):
-            start = places.start + len(found) - self._start(number)
-            found += self._rows(number)[start : start + len(places) - len(found)]
-            number += 1
-        return found
-
-    def _rows(self, number: int) -> list[Example]:
-        """A batch's rows; those of the last two are kept."""
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-            rows = self._open[number] = self._read(number)
-            if len(self._open) > _OPEN_BATCHES:
-                self._open.popitem(last=False)
-            return rows
-
-    def _read(self, number: int) -> list[Example]:
-        batch = self._reader.get_batch(number)
-        ids, texts, seconds, labels, words, images, targets = (
-            column.to_pylist() if column.null_count < len(column) else [None] * len(column) for column in batch.columns
-        )
-        tagged = [None if each is None else tuple(each) for each in words]
-        rows = zip(ids, texts, seconds, map(self._label, labels), tagged, images, targets, strict=True)
-        return [Example(*row) for row in rows]
-
-    def _label(self, text: str | None) -> Label:
-        if text is None:
-            return None
-        if text not in self._labels:
-            if len(self._labels) > _MOST_LABELS:
-                self._labels.clear()
-            self._labels[text] = in_kind(_parse_label(text), self.facts.kind)
-        return self._labels[text]
-
-
-def _parse_label(text: str) -> Label:
-    value = json.loads(text)
-    return tuple(value) if isinstance(value, list) else value
-
-
-# --------------------------------------------------------------------------------------------- keeping and finding
 
 
 def spool_rows(wanted: Wanted) -> SpooledRows:
@@ -286,7 +151,7 @@ class _Seen:
         self.distinct.update(each for row in rows if row.label is not None for each in several(row.label))
         if self.labels is not None:
             self.labels.update(label for label in labels if label is not None)
-            if len(self.labels) > _MOST_LABELS:
+            if len(self.labels) > MOST_LABELS:
                 self.labels = None
 
 
@@ -329,7 +194,7 @@ def _facts(path: Path, seen: _Seen, kind: Kind, class_names: list[str] | None, w
     if seen.labels is not None:
         counts: Counter[Label] = Counter()
         for text, count in seen.labels.items():
-            counts[in_kind(_parse_label(text), kind)] += count
+            counts[in_kind(parse_label(text), kind)] += count
         labels = list(counts.items())
     found = Facts(path.stat().st_size, seen.ends, seen.hash.hexdigest(), kind, names, labels)
     changed = kind == "integers" or (kind == "strings" and any(not isinstance(each, str) for each in seen.distinct))
