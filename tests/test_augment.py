@@ -57,6 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 def test_rows_are_read_back(suffix, tmp_path):
     corpus = corpus_of()
+    assert isinstance(corpus.examples, list)
     odd = ['"Salt," she said', "oven\tand\npan", "it's 5 % | ; 'so'", "#1 [MASK] é 👍"]
     corpus.examples.extend(Example(f"odd {i}", text) for i, text in enumerate(odd))
     report = augment(corpus, out=tmp_path / f"more{suffix}", options=AugmentOptions(**NO_POS))
@@ -134,6 +135,7 @@ def test_a_row_gets_the_same_whatever_stands_beside_it(tmp_path):
 
 def test_a_failure_leaves_nothing(tmp_path):
     corpus = corpus_of()
+    assert isinstance(corpus.examples, list)
     corpus.examples.append(Example("bad", "some text", label=(1.0, 2.0)))
     with pytest.raises(ConfigError, match=r"row 'bad' has a list of labels, which only a .jsonl file can hold"):
         augment(corpus, out=tmp_path / "more.csv", options=AugmentOptions(**NO_POS))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.models import TEXTS, save_teacher
 CAPTURES = ["logits", "hidden:0,2", "hidden:2@cls", "qkv:1", "attention:2"]
 
 
-def corpus_of(examples: list[Example]) -> Corpus:
+def corpus_of(examples: Sequence[Example]) -> Corpus:
     names = sorted({str(example.label) for example in examples if example.label is not None})
     return Corpus(source="made", split=None, examples=examples, label_names=names or None)
 

@@ -115,7 +115,7 @@ def score(run: Run, corpus: Corpus) -> Figures:
     """Accuracy and macro-F1 on the labelled rows of `corpus`, as `softlabels evaluate` gives them."""
     labels = np.array(encode_labels(corpus.examples, run.label_names))
     rows = np.flatnonzero(labels != NO_LABEL)
-    said = run.logits([corpus.examples[row] for row in rows]).argmax(axis=1)
+    said = run.logits([corpus.examples[int(row)] for row in rows]).argmax(axis=1)
     return _quality(labels[rows], said, classes=len(run.label_names))
 
 
