@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import io
-import json
 import math
 import os
 import re
@@ -24,8 +23,10 @@ from typer.exceptions import TyperException
 from softlabels.commands import card, sign, sweep
 from softlabels.commands import evaluate as evaluate_command
 from softlabels.commands import report as report_command
+from softlabels.commands.options import CorpusArgument, Cpu, Json, Label, Rows, Text, ray_options
 from softlabels.commands.pull import PULL_EXAMPLES, pull_command
 from softlabels.commands.push import PUSH_EXAMPLES, push_command
+from softlabels.commands.show import print_json, print_report
 from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.tables import (
     combine_table,
@@ -40,7 +41,7 @@ from softlabels.tables import (
 )
 
 if TYPE_CHECKING:
-    from softlabels.config import CombineOptions, RayOptions
+    from softlabels.config import CombineOptions
     from softlabels.corpus import Corpus
 
 app = typer.Typer(
@@ -52,26 +53,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-CorpusArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CORPUS",
-        help="a .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, a folder with train/dev/test files, a Hugging Face "
-        "dataset (glue/sst2), or builtin:docstrings",
-    ),
-]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        "--text", metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs; or with the image"
-    ),
-]
-Label = Annotated[
-    str | None, typer.Option("--label", metavar="COLUMN", help="the column with the label; or with the target text")
-]
-Rows = Annotated[int | None, typer.Option("--rows", min=1, help="take only the first N rows")]
-Json = Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="do not use a GPU")]
 Mean = Annotated[
     str | None,
     typer.Option(
@@ -159,7 +140,7 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
 
         parties = run_federation(recipe, out=folder, say=_say, cpu=cpu)
         if as_json:
-            _print_json(parties.to_dict())
+            print_json(parties.to_dict())
         else:
             typer.echo(federation_table(parties))
         return
@@ -170,7 +151,7 @@ def _run(name: str, out: Path | None, changes: Sequence[str], *, as_json: bool, 
     else:
         result = run_recipe(recipe, out=folder, say=_say, cpu=cpu)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         typer.echo(recipe_table(result))
 
@@ -401,7 +382,7 @@ def dump_command(
     from softlabels.cache.parts import parse_part
 
     asked = None if part is None else parse_part(part)
-    ray = _ray_options(
+    ray = ray_options(
         engine,
         {
             "address": address,
@@ -409,9 +390,11 @@ def dump_command(
             "gpus_per_worker": gpus_per_worker,
             "cpus_per_worker": cpus_per_worker,
         },
-        devices=devices,
+        command="dump",
         cpu=cpu,
     )
+    if ray is not None and devices is not None:
+        raise ConfigError("dump takes --devices or --engine ray, not both: give --workers and --gpus-per-worker")
     from softlabels.corpus import read_corpus
     from softlabels.dump import dump
     from softlabels.engines.devices import parse_devices
@@ -444,26 +427,6 @@ def dump_command(
     if not report.complete:
         _say(f"{out} is complete once the other parts are in it; folders of parts are put together by combine --rows")
     _finish(report, as_json)
-
-
-def _ray_options(engine: str | None, given: dict[str, Any], *, devices: str | None, cpu: bool) -> RayOptions | None:
-    """What `--engine ray` and its options say; None for the local engine."""
-    from softlabels.config import RayOptions, build_options, suggest
-
-    named = {key: value for key, value in given.items() if value is not None}
-    if engine not in (None, "local", "ray"):
-        raise ConfigError(f"--engine {engine}: there are local and ray.{suggest(engine, ['local', 'ray'])}")
-    if engine != "ray":
-        if named:
-            raise ConfigError(f"--{next(iter(named)).replace('_', '-')} is of a Ray cluster: add --engine ray")
-        return None
-    if devices is not None:
-        raise ConfigError("dump takes --devices or --engine ray, not both: give --workers and --gpus-per-worker")
-    if cpu:
-        if named.get("gpus_per_worker"):
-            raise ConfigError("dump takes --cpu or --gpus-per-worker, not both")
-        named["gpus_per_worker"] = 0.0
-    return build_options(RayOptions, named, where="dump --engine ray")
 
 
 @app.command(
@@ -664,7 +627,7 @@ def plan_command(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        _print_json(asdict(plan))
+        print_json(asdict(plan))
     else:
         typer.echo(plan_table(plan))
 
@@ -771,7 +734,7 @@ def combine_command(
 
     report = concatenate(caches, out=out) if rows else combine(caches, out=out, options=options)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         typer.echo(combine_table(report))
 
@@ -813,7 +776,7 @@ def info(
         manifest = read_manifest(Path(cache))
     facts = describe(manifest)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     fields, personal = facts.pop("fields"), facts.pop("may_carry_personal_data")
     head = ["field", "kind", "type", "width", "size"]
@@ -915,7 +878,7 @@ def verify(
     signers = None if signer is None else load_signers(signer)
     verdict = verify_cache(cache, fields=field or None, repair=repair, signers=signers, quick=quick)
     if as_json:
-        _print_json({**asdict(verdict), "whole": verdict.whole})
+        print_json({**asdict(verdict), "whole": verdict.whole})
     else:
         typer.echo(verdict_line(verdict))
     if not verdict.whole:
@@ -958,7 +921,7 @@ def _verify_live(
         corpus=corpus,
     )
     if as_json:
-        _print_json({**asdict(found), "within": found.within})
+        print_json({**asdict(found), "within": found.within})
     else:
         typer.echo(fidelity_table(found))
     if not found.within:
@@ -1321,7 +1284,7 @@ def predict_command(
 
     for prediction in predict(run, given):
         if as_json:
-            _print_json(asdict(prediction))
+            print_json(asdict(prediction))
         else:
             typer.echo(f"{prediction.label}\t{prediction.probability:.3f}\t{prediction.text}")
 
@@ -1363,34 +1326,15 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it: a path is a text, and a number that isn't finite is null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
 def _finish(report: Any, as_json: bool) -> None:
-    facts = asdict(report)
-    if as_json:
-        _print_json(facts)
-    else:
-        typer.echo(show_facts(facts))
+    print_report(asdict(report), as_json=as_json)
 
 
 def _finish_all(reports: Any, as_json: bool) -> None:
     """The reports of what trained together, by name."""
     facts = {name: asdict(report) for name, report in reports.items()}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         typer.echo("\n\n".join(f"{name}\n{show_facts(found)}" for name, found in facts.items()))
 

@@ -8,7 +8,6 @@ numbers. So later pulls of the same rows add fields, and of other rows are refus
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from softlabels.cache.combine import small_files, write_shards
 from softlabels.cache.concatenate import Piece, PieceWriter, cut_pieces
 from softlabels.cache.format import EXAMPLES, Manifest, read_receipt
 from softlabels.cache.members import labelled_rows
-from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard
+from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard, make_report
 from softlabels.cache.reader import Cache
 from softlabels.cache.remote import Remote, some_fields
 from softlabels.cache.shards import count_targets, list_lengths
@@ -56,16 +55,7 @@ def pull_rows(
         write_shards(build, PieceWriter(pieces, build, counts=_counts(source, span)).write, description="cut")
         final = build.finish()
     shutil.rmtree(drafts)
-    return PullReport(
-        cache=folder,
-        url=remote.place.shown,
-        rows=final.corpus.rows,
-        fields=sorted(final.fields),
-        fetched_files=fetched.files,
-        fetched_bytes=fetched.traffic.moved,
-        there_bytes=fetched.there_bytes,
-        seconds=time.monotonic() - started,
-    )
+    return make_report(remote, folder, final, fetched, started=started)
 
 
 def _refuse_int8(manifest: Manifest, first: int) -> None:

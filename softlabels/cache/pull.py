@@ -91,16 +91,7 @@ def pull(
         work = fetch_fields(remote, folder, final, threads=threads)
         finish(folder, final)
         fetch_beside(remote, folder, final)
-    return PullReport(
-        cache=folder,
-        url=remote.place.shown,
-        rows=final.corpus.rows,
-        fields=sorted(final.fields),
-        fetched_files=work.files,
-        fetched_bytes=work.traffic.moved,
-        there_bytes=work.there_bytes,
-        seconds=time.monotonic() - started,
-    )
+    return make_report(remote, folder, final, work, started=started)
 
 
 def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
@@ -154,6 +145,20 @@ class Fetched:
         """One shard: bytes that came, or below 0 those that were there."""
         self.files += came > 0
         self.there_bytes -= min(came, 0)
+
+
+def make_report(remote: Remote, folder: Path, final: Manifest, work: Fetched, *, started: float) -> PullReport:
+    """What the pull of `final` into `folder` did, begun at `started` by the monotonic clock."""
+    return PullReport(
+        cache=folder,
+        url=remote.place.shown,
+        rows=final.corpus.rows,
+        fields=sorted(final.fields),
+        fetched_files=work.files,
+        fetched_bytes=work.traffic.moved,
+        there_bytes=work.there_bytes,
+        seconds=time.monotonic() - started,
+    )
 
 
 def fetch_fields(remote: Remote, folder: Path, final: Manifest, *, threads: int) -> Fetched:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from softlabels.commands.options import CorpusArgument, Json, Label, Rows, Text
+from softlabels.commands.show import print_json
 from softlabels.errors import ConfigError
 from softlabels.tables import evaluation_table, show_facts
 
@@ -23,7 +23,7 @@ EXAMPLES = (
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="labelled rows, as `dump` takes them")],
+    corpus: CorpusArgument,
     cache: Annotated[
         Path | None,
         typer.Option(help="a cache of this corpus: adds agreement with the teacher, its accuracy, its latency"),
@@ -40,11 +40,9 @@ def evaluate(
         str | None,
         typer.Option(help="which split(s) of the corpus, joined by +; a folder's default is train"),
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs")
-    ] = None,
-    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="the column with the label")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="take only the first N rows")] = None,
+    text: Text = None,
+    label: Label = None,
+    rows: Rows = None,
     bins: Annotated[int, typer.Option(min=1, max=1000, help="of the calibration error")] = 15,
     resamples: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="of the rows, for the bootstrap intervals; 0: no intervals")
@@ -55,7 +53,7 @@ def evaluate(
         bool, typer.Option("--keep/--no-keep", help="leave figures and answers in RUN/evaluations, for `report`")
     ] = True,
     texts: Annotated[bool, typer.Option("--texts/--no-text", help="keep the texts with the answers")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
+    as_json: Json = False,
 ) -> None:
     """Quality per class, or perplexity; intervals, calibration, tests, slices; fidelity; size; latency.
 
@@ -94,7 +92,7 @@ def evaluate(
         options=options,
         say=lambda line: typer.echo(f"warning: {line}", err=True),
     )
-    _print(found.to_dict()) if as_json else typer.echo(evaluation_table(found))
+    print_json(found.to_dict()) if as_json else typer.echo(evaluation_table(found))
 
 
 def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, as_json: bool) -> None:
@@ -103,7 +101,7 @@ def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, a
 
     found = evaluate_language_model(run, corpus, cache=None if cache is None else open_cache(cache))
     if as_json:
-        _print(found.to_dict())
+        print_json(found.to_dict())
         return
     facts: dict[str, Any] = {"rows": found.rows, "tokens predicted": found.targets, "perplexity": found.perplexity}
     if found.fidelity is not None:
@@ -113,16 +111,3 @@ def _evaluate_language_model(run: Path, corpus: Corpus, cache: Path | None, *, a
             "teacher's perplexity": found.fidelity.teacher_perplexity,
         }
     typer.echo(show_facts(facts | {"parameters": f"{found.parameters:,}", "bytes": found.bytes}))
-
-
-def _print(figures: dict[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(figures), ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every number that is not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from softlabels.commands.options import Fields, Json, Layers, Threads
+from softlabels.commands.show import print_report
 from softlabels.errors import ConfigError
 
 
@@ -19,23 +21,13 @@ def pull_command(
     cache: Annotated[
         Path, typer.Argument(metavar="CACHE", help="the folder; one that holds the same cache gets what it lacks")
     ],
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--field",
-            metavar="FIELD",
-            help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated",
-        ),
-    ] = None,
-    layer: Annotated[
-        list[int] | None,
-        typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated"),
-    ] = None,
+    field: Fields = None,
+    layer: Layers = None,
     rows: Annotated[
         str | None, typer.Option(metavar="A:B", help="only the rows from number A, the first is 0, to before B; 0:1000")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="files at a time")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
+    threads: Threads = 8,
+    as_json: Json = False,
 ) -> None:
     """Fetch a cache, or some of its fields or rows; only what is missing here or differs travels.
 
@@ -43,7 +35,6 @@ def pull_command(
     was pulled is a cache like any other. To train without pulling, give train-student the URL.
     """
     from softlabels.cache.pull import pull
-    from softlabels.commands.show import print_report
 
     span = None if rows is None else _parse_rows(rows)
     report = pull(url, cache, fields=field or None, layers=layer or None, rows=span, threads=threads)

@@ -8,24 +8,17 @@ from typing import Annotated
 
 import typer
 
+from softlabels.commands.options import Fields, Json, Layers, Threads
+from softlabels.commands.show import print_report
+
 
 def push_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
     url: Annotated[
         str, typer.Argument(metavar="URL", help="s3://, gs://, hf://, sftp://, file:// or any other of fsspec")
     ],
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--field",
-            metavar="FIELD",
-            help="only this field (logits), kind (hidden) or pattern (query.*); may be repeated",
-        ),
-    ] = None,
-    layer: Annotated[
-        list[int] | None,
-        typer.Option("--layer", metavar="N", help="of fields with layers only this one; may be repeated"),
-    ] = None,
+    field: Fields = None,
+    layer: Layers = None,
     compress: Annotated[
         bool | None,
         typer.Option(
@@ -37,8 +30,8 @@ def push_command(
     check: Annotated[
         bool, typer.Option("--check", help="read back what is there already, and send again what is damaged")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="files at a time")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
+    threads: Threads = 8,
+    as_json: Json = False,
 ) -> None:
     """Put a cache, or some of its fields, where others can pull it or train from it.
 
@@ -47,7 +40,6 @@ def push_command(
     fsspec and the provider look for them (AWS_ACCESS_KEY_ID, ~/.aws, ssh keys, hf auth login …); they are never stored.
     """
     from softlabels.cache.push import push
-    from softlabels.commands.show import print_report
 
     report = push(
         cache, url, fields=field or None, layers=layer or None, compress=compress, check=check, threads=threads

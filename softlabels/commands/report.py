@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from softlabels.commands.show import print_json
 from softlabels.tables import show_size
 
 EXAMPLES = (
@@ -44,7 +44,7 @@ def report(
 
     found = write(runs, out=out, title=title, corpus=corpus, differing=differing)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, allow_nan=False))
+        print_json(found.to_dict())
         return
     for path, why in list(found.left_out.items())[:5]:
         typer.echo(f"not shown: {path}: {why}", err=True)

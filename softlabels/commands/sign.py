@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from softlabels.commands.options import Json
+from softlabels.commands.show import print_report
 from softlabels.errors import CacheError, ConfigError
-from softlabels.tables import show_facts, verdict_line
+from softlabels.tables import verdict_line
 
 EXAMPLES = (
     "Examples:  softlabels sign cache --key ~/.ssh/id_ed25519   |   ssh-keygen -t ed25519 -f maker && "
@@ -21,7 +22,7 @@ EXAMPLES = (
 def sign(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
     key: Annotated[Path, typer.Option(metavar="FILE", help="an OpenSSH private key, ed25519")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
+    as_json: Json = False,
 ) -> None:
     """Vouch for every byte of a cache, so that others can tell that it is yours: `verify --signer`.
 
@@ -41,7 +42,7 @@ def sign(
         raise CacheError(f"{cache} is not whole, and not signed:\n{verdict_line(verdict)}")
     report = sign_cache(cache, read_manifest(cache), opened)
     facts = {"cache": str(report.cache), "signer": report.signer, "files": report.files, "bytes": report.bytes}
-    typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else show_facts(facts))
+    print_report(facts, as_json=as_json)
 
 
 def _ask() -> str:

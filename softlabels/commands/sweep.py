@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from softlabels.commands.options import Cpu, Json, Label, Text, ray_options
+from softlabels.commands.show import print_json
 from softlabels.errors import ConfigError
 from softlabels.tables import lay_out
 
@@ -107,12 +109,10 @@ def sweep(
     gpus_per_worker: Annotated[float | None, typer.Option(help="0.5: two trials share one; 0: on the CPU")] = None,
     cpus_per_worker: Annotated[float | None, typer.Option(help="of a trial, and its threads; by default 1")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="keep the run folders of the best N trials only")] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="COLUMN[,COLUMN]", help="the column with the text, or two for pairs")
-    ] = None,
-    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="the column with the label")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the results as one JSON object")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="do not use a GPU")] = False,
+    text: Text = None,
+    label: Label = None,
+    as_json: Json = False,
+    cpu: Cpu = False,
 ) -> None:
     """STAGE 2, many times: students over a grid, random points or Optuna's, and a table of them, the best first.
 
@@ -160,7 +160,7 @@ def sweep(
         doubled = next(axis.key for axis in parsed if [other.key for other in parsed].count(axis.key) > 1)
         raise ConfigError(f"'{doubled}' is given twice: list its values in one place")
     check_space(SpaceOf(tuple(axes), fixed, recipe), options)  # before anything heavy is imported
-    ray = _ray(
+    ray = ray_options(
         engine,
         {
             "address": address,
@@ -168,10 +168,13 @@ def sweep(
             "gpus_per_worker": gpus_per_worker,
             "cpus_per_worker": cpus_per_worker,
         },
-        jobs=jobs,
-        optuna=optuna,
+        command="sweep",
         cpu=cpu,
     )
+    if ray is not None and jobs is not None:
+        raise ConfigError("--jobs is of this machine: with --engine ray give --workers")
+    if ray is not None and optuna is not None:
+        raise ConfigError("Optuna chooses by what came before, one trial at a time: give --optuna without --engine ray")
 
     from softlabels.corpus import read_corpus
     from softlabels.sweep import sweep as run_sweep
@@ -192,33 +195,13 @@ def sweep(
         ray=ray,
         say=lambda line: typer.echo(line, err=True),
     )
-    typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, default=str) if as_json else sweep_table(result))
+    print_json(result.to_dict()) if as_json else typer.echo(sweep_table(result))
     if result.failed:
         typer.echo(
             f"warning: {len(result.failed)} of {len(result.trials)} trials failed; their errors are in "
             f"{result.results}, column error. The same command tries them again",
             err=True,
         )
-
-
-def _ray(engine: str | None, given: dict[str, Any], *, jobs: int | None, optuna: int | None, cpu: bool) -> Any:
-    """The RayOptions of `--engine ray`; None for this machine alone."""
-    from softlabels.config import RayOptions, build_options, suggest
-
-    named = {key: value for key, value in given.items() if value is not None}
-    if engine not in (None, "local", "ray"):
-        raise ConfigError(f"--engine {engine}: there are local and ray.{suggest(engine, ['local', 'ray'])}")
-    if engine != "ray":
-        if named:
-            raise ConfigError(f"--{next(iter(named)).replace('_', '-')} is of a Ray cluster: add --engine ray")
-        return None
-    if jobs is not None:
-        raise ConfigError("--jobs is of this machine: with --engine ray give --workers")
-    if optuna is not None:
-        raise ConfigError("Optuna chooses by what came before, one trial at a time: give --optuna without --engine ray")
-    if cpu:
-        named["gpus_per_worker"] = 0.0
-    return build_options(RayOptions, named, where="sweep --engine ray")
 
 
 def _pairs(name: str, items: list[str], *, bare: str | None = None) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ once more, for when nothing else is left another may have taken it. Workers end 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import re
 import signal
@@ -26,6 +25,7 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.codec import Overflow
+from softlabels.engines.children import end_all, end_with_parent, portable
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import Update
@@ -240,13 +240,7 @@ class _Pool:
         self.waiting.back.extendleft(reversed(worker.claimed))
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(10)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+        end_all([worker.process for worker in self.workers])
         for worker in self.workers:
             worker.pipe.close()
             worker.turns.close()
@@ -270,7 +264,7 @@ def _serve(
     threads: int | None,
 ) -> None:
     """What a worker does: shards until there are none."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     talking = threading.Lock()  # the thread that tokenises asks, the one that runs the teacher tells
 
     def tell(kind: str, value: Any) -> None:
@@ -310,20 +304,4 @@ def _serve(
             )
         tell("end", budget)
     except BaseException as error:
-        tell("error", _portable(error, device))
-
-
-def _portable(error: BaseException, device: str) -> BaseException:
-    """The error, or one like it where it cannot be sent to another process."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__} on {device}: {error}")
-
-
-def _end_with_parent() -> None:
-    """Nobody holds the cache's lock once that process is gone: nothing may be written any more."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+        tell("error", portable(error, instead=RuntimeError(f"{type(error).__name__} on {device}: {error}")))

@@ -47,6 +47,11 @@ class Outcome:
         return float(found) if self.status == "done" and found is not None and math.isfinite(found) else None
 
 
+def failed(trial: Trial, error: str) -> Outcome:
+    """The outcome of a trial that can't be trained."""
+    return Outcome(trial.name, trial.point.name, trial.options.seed, trial.point.changes, "failed", error)
+
+
 class Ledger:
     """The folder of a sweep, as one process at a time writes it."""
 

@@ -25,8 +25,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from softlabels.engines.children import end_all, end_with_parent, portable
 from softlabels.errors import SoftlabelsError
-from softlabels.sweeping.outcomes import Outcome
+from softlabels.sweeping.outcomes import Outcome, failed
 from softlabels.sweeping.space import Trial
 
 TRIES = 2  # of a trial in whose midst a process died; the second one goes on from its last epoch
@@ -152,16 +153,11 @@ class _Pool:
             self.again.append(trial)
             return
         error = f"its process {how}, {TRIES} times: memory may be too small for it beside {self.jobs - 1} other(s)"
-        tell(trial, Outcome(trial.name, trial.point.name, trial.options.seed, trial.point.changes, "failed", error))
+        tell(trial, failed(trial, error))
 
     def close(self) -> None:
+        end_all([worker.process for worker in self.workers])
         for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(10)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
             worker.pipe.close()
 
 
@@ -170,7 +166,7 @@ class _Pool:
 
 def _serve(pipe: Connection, setting: Any, threads: int) -> None:
     """What a process does: trials until the pipe ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # also of a fork server that was started before
     import torch
     from threadpoolctl import threadpool_limits
@@ -186,21 +182,5 @@ def _serve(pipe: Connection, setting: Any, threads: int) -> None:
     except (EOFError, BrokenPipeError):
         return
     except BaseException as error:
-        pipe.send(_portable(error))
+        pipe.send(portable(error, instead=SoftlabelsError(f"{type(error).__name__}: {error}")))
         sys.exit(1)
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error, or one like it where it cannot be sent to another process."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return SoftlabelsError(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    """Nobody holds the sweep's lock once that process is gone: nothing may be written any more."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -15,10 +15,10 @@ from softlabels.config import RayOptions
 from softlabels.engines.ray_cluster import connect
 from softlabels.engines.ray_pool import Watch, run_items
 from softlabels.errors import ConfigError
-from softlabels.sweeping.outcomes import Outcome
+from softlabels.sweeping.outcomes import Outcome, failed
 from softlabels.sweeping.pool import Runner, Tell
 from softlabels.sweeping.space import Trial
-from softlabels.sweeping.training import Setting, failed, trainer
+from softlabels.sweeping.training import Setting, trainer
 
 
 def run_on_cluster(options: RayOptions) -> Runner:

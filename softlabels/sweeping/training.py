@@ -23,7 +23,7 @@ from softlabels.progress import quiet
 from softlabels.runs import RECORD, Run, load_run
 from softlabels.students import student_inputs
 from softlabels.students.linear import LinearStudent
-from softlabels.sweeping.outcomes import TRIALS, Outcome
+from softlabels.sweeping.outcomes import TRIALS, Outcome, failed
 from softlabels.sweeping.space import Trial
 from softlabels.train import train_student
 from softlabels.training.preparing import find_stretches, read_source, student_spec
@@ -75,11 +75,6 @@ def _try(trial: Trial, setting: Setting, cache: Cache) -> Outcome:
     return Outcome(
         trial.name, trial.point.name, trial.options.seed, trial.point.changes, "done", figures=figures, run=run
     )
-
-
-def failed(trial: Trial, error: str) -> Outcome:
-    """The outcome of a trial that can't be trained."""
-    return Outcome(trial.name, trial.point.name, trial.options.seed, trial.point.changes, "failed", error)
 
 
 def _train(trial: Trial, setting: Setting, cache: Cache) -> Figures:
