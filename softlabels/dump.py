@@ -27,11 +27,12 @@ from softlabels.cache.build import (
     teacher_card,
 )
 from softlabels.cache.codec import Overflow
-from softlabels.cache.delivery import FolderPlace, is_url, new_lease
+from softlabels.cache.delivery import FolderPlace, new_lease
 from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, Manifest, MaskingCard, TeacherCard
 from softlabels.cache.parts import Part
 from softlabels.cache.reader import capture_of
 from softlabels.cache.store import Store, mirror
+from softlabels.cache.urls import is_url, redact
 from softlabels.cache.vocab import parse_form
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.choose import choose_captures
@@ -68,7 +69,7 @@ _FACTOR_ROWS, _FACTOR_BATCH = 256, 2048  # rows whose logits are looked at for f
 class DumpReport:
     """What a dump did."""
 
-    cache: Path | str  # a folder or a URL
+    cache: Path | str  # a folder, or a URL without anything secret
     part: str | None  # '3/8': all that follows is of this part
     complete: bool  # the cache; where not, other parts are still to come
     rows: int
@@ -109,7 +110,9 @@ def dump(
     started = time.monotonic()
     options = options or DumpOptions()
     if ray is None and is_url(out):
-        raise ConfigError(f"--out {out}: only the workers of a Ray cluster write to a URL: add --engine ray")
+        raise ConfigError(
+            f"--out {redact(str(out))}: only the workers of a Ray cluster write to a URL: add --engine ray"
+        )
     if ray is not None and part is not None:
         raise ConfigError("a Ray cluster shares the shards out itself: give --part to machines without --engine ray")
     requests = parse_captures(options.capture)
@@ -175,7 +178,7 @@ def dump(
             if store is not None:
                 store.finish()
     return DumpReport(
-        cache=out if is_url(out) else Path(out),
+        cache=redact(str(out)) if is_url(out) else Path(out),
         part=None if part is None else str(part),
         complete=final is not None,
         rows=total,

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from softlabels.cache.files import lock, sync_folder
 from softlabels.cache.format import TEMPORARY, receipt_file, shard_file
+from softlabels.cache.urls import hide, redact
 from softlabels.errors import CacheError, ConfigError
 
 LEASE = f"{TEMPORARY}lease-"
@@ -120,7 +121,9 @@ class StorePlace:
     def check(self) -> None:
         fs, root = open_store(self.url)
         if not fs.exists(f"{root}/{self.lease}"):
-            raise CacheError(f"{self.url} is another place here than where the dump was started, or another has begun")
+            raise CacheError(
+                f"{redact(self.url)} is another place here than where the dump was started, or another has begun"
+            )
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -147,11 +150,6 @@ class StorePlace:
         return receipts
 
 
-def is_url(out: str | Path) -> bool:
-    """Whether a cache is to lie behind a URL."""
-    return "://" in str(out)
-
-
 def open_store(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it; ConfigError where nothing is known to open it.
 
@@ -162,7 +160,7 @@ def open_store(url: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{url}: {error}") from None
+        raise ConfigError(f"{redact(url)}: {hide(str(error), url)}") from None
     return fs, root.rstrip("/")
 
 

@@ -25,6 +25,7 @@ from softlabels.cache.format import (
     receipt_file,
 )
 from softlabels.cache.settings import FOLDERS, settings_files
+from softlabels.cache.urls import hide, redact
 from softlabels.errors import CacheError, SoftlabelsError
 
 _SHARD = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.@-]*)/([0-9]{5,})\.(arrow|json)")
@@ -144,5 +145,5 @@ def _told(url: str) -> Iterator[None]:
     except SoftlabelsError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise CacheError(f"{url} can't be read or written: {type(error).__name__}: {words}") from error
+        words = " ".join(hide(str(error), url).split())[:300]
+        raise CacheError(f"{redact(url)} can't be read or written: {type(error).__name__}: {words}") from error
