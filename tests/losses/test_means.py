@@ -142,11 +142,12 @@ def test_losses_on_layers(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", GROUP_LOSSES)
 def test_losses_on_several_layers(name: str, count: int) -> None:
     moved: list[LayerWeights] = []
+    bucket = joined()  # once: its seed is the process's, which threads would take from each other
 
     def loss(ours: Signals, theirs: Signals) -> Tensor:
         found: Callable[..., Tensor] = GROUP_LOSSES[name]
         if name in CONCATENATED:
-            return found(ours, theirs, layers=ONE, combine=joined())
+            return found(ours, theirs, layers=ONE, combine=bucket)
         if name not in TRANSPORT:
             return found(ours, theirs, layers=ONE)
         moved.append(LayerWeights(ALL, [1.0, 2.0], update=True))
