@@ -155,7 +155,7 @@ def dump(
         ):
             build = replace(begun, elsewhere=store is not None)
             total = sum(len(_rows_of(corpus, options, shard)) for shard in build.own_shards())
-            missing = {shard: absent for shard in build.own_shards() if (absent := build.missing(shard))}
+            missing = build.all_missing(build.own_shards())
             lacking = {name for absent in missing.values() for name in absent} - {EXAMPLES} - fields.keys()
             if lacking:  # of an earlier command that wasn't finished, or removed by a repair
                 earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))

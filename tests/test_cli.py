@@ -118,6 +118,7 @@ def refuse(call: Callable[..., Finished]) -> Callable[..., None]:
 # ----------------------------------------------------------------------------------------------------- the whole
 
 
+@pytest.mark.slow
 def test_a_whole_pipeline_through_the_real_command_line(tmp_path: Path) -> None:
     """Each command in a Python of its own. The teacher is gone before a student is trained."""
     write_csv(tmp_path / "train.csv", [(text, name if i < 48 else "") for i, (text, name) in enumerate(TEXTS)])
@@ -157,9 +158,17 @@ def test_a_whole_pipeline_through_the_real_command_line(tmp_path: Path) -> None:
     ("name", "arguments"),
     [
         ("bilstm-hard", [*BILSTM, "--loss", "ce=1"]),
-        ("attention", ["--student", "lstm_attention", *SMALL[:4], "--epochs", "2", "--cpu", "--temperature", "3"]),
+        pytest.param(
+            "attention",
+            ["--student", "lstm_attention", *SMALL[:4], "--epochs", "2", "--cpu", "--temperature", "3"],
+            marks=pytest.mark.slow,
+        ),
         ("transformer-soft", [*TINY, "--loss", "kl=1", "--temperature", "5:1:cosine"]),
-        ("transformer-hard", [*TINY, "--loss", "ce=1", "--eval", "{place}/test.csv", "--patience", "1"]),
+        pytest.param(
+            "transformer-hard",
+            [*TINY, "--loss", "ce=1", "--eval", "{place}/test.csv", "--patience", "1"],
+            marks=pytest.mark.slow,
+        ),
         ("linear-soft", ["--student", "linear", "--cpu"]),
         ("linear-hard", ["--student", "linear", "--loss", "ce=1", "--eval", "{place}/test.csv"]),
     ],

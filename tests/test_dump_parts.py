@@ -296,6 +296,7 @@ def one_dump(teacher: Path, place: Path) -> dict[str, str]:
     return contents(place / "one")
 
 
+@pytest.mark.slow
 def test_processes_that_begin_at_the_same_moment(teacher: Path, tmp_path: Path) -> None:
     results = play(teacher, tmp_path, parts=3, rounds=3, kills=0)
     assert all(result["codes"] == [0] * 3 and result["complete"] for result in results)

@@ -138,8 +138,8 @@ def test_type_checkers_see_the_same_names():
     "script",
     [
         "import softlabels, softlabels.cli",
-        "import softlabels.dump as stage; assert stage.DumpReport and stage.dump",
-        "from softlabels import dump; assert dump.DumpReport and dump.dump",
+        pytest.param("import softlabels.dump as stage; assert stage.DumpReport and stage.dump", marks=pytest.mark.slow),
+        pytest.param("from softlabels import dump; assert dump.DumpReport and dump.dump", marks=pytest.mark.slow),
         "from softlabels import *; assert callable(dump)",
     ],
 )

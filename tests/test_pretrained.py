@@ -129,7 +129,8 @@ def test_a_damaged_config(folder, content):
         check_folder(folder)
 
 
-def test_names_that_cannot_be_on_the_hub(tmp_path):
+def test_names_that_cannot_be_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(TeacherError, match="is a file"):
         resolve_pretrained(str(tmp_path / "model.safetensors"))

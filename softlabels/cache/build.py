@@ -37,6 +37,8 @@ from softlabels.cache.format import (
     identity,
     read_manifest,
     read_receipt,
+    receipt_file,
+    receipt_name,
     shard_file,
     to_json,
 )
@@ -44,6 +46,7 @@ from softlabels.cache.head import OutputHead, save_head
 from softlabels.cache.info import clipped_values
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.parts import Claim, Part, claim_shards, refuse_parts
+from softlabels.cache.quick import listed_shards
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
@@ -55,6 +58,7 @@ from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
 from softlabels.types import IMAGES, SEQ2SEQ, Task
 
+RECEIPTS_READ = 50_000  # so many receipts, 2 s, are read by a dump that begins; of more files only the names
 Reader = PreTrainedTokenizerBase | BaseImageProcessor  # what a teacher reads its rows by
 
 
@@ -85,16 +89,35 @@ class CacheBuild:
 
     def missing(self, shard: int) -> list[str]:
         """The fields, `examples` first, that have no whole file for `shard`."""
-        return [field for field in (EXAMPLES, *self.manifest.fields) if not self._is_whole(field, shard)]
+        return [field for field in (EXAMPLES, *self.manifest.fields) if self._whole_receipt(field, shard) is None]
 
-    def _is_whole(self, field: str, shard: int) -> bool:
+    def all_missing(self, shards: Sequence[int]) -> dict[int, list[str]]:
+        """`missing` of each of `shards` that lacks anything.
+
+        Of many files only the names are looked at, for two million receipts take minutes: `finish` reads them anyway,
+        and what is not whole then has to be dumped again.
+        """
+        fields = (EXAMPLES, *self.manifest.fields)
+        if len(shards) * len(fields) <= RECEIPTS_READ:
+            return {shard: absent for shard in shards if (absent := self.missing(shard))}
+        absent_fields: dict[int, list[str]] = {}
+        for field in fields:
+            there = listed_shards(self.folder, field, receipts_alone=self.elsewhere)
+            for shard in shards:
+                if receipt_name(shard) not in there:
+                    absent_fields.setdefault(shard, []).append(field)
+        return dict(sorted(absent_fields.items()))
+
+    def _whole_receipt(self, field: str, shard: int) -> Receipt | None:
+        """The receipt of a shard that is as long as it says; None where it isn't, or there is none."""
         receipt = read_receipt(self.folder, field, shard)
         if receipt is None or self.elsewhere:
-            return receipt is not None
+            return receipt
         try:
-            return shard_file(self.folder, field, shard).stat().st_size == receipt.bytes
+            size = shard_file(self.folder, field, shard).stat().st_size
         except FileNotFoundError:
-            return False
+            return None
+        return receipt if size == receipt.bytes else None
 
     def write_examples(self, shard: int, rows: Tokenized) -> None:
         """Write and commit one shard of `examples`, as the manifest says."""
@@ -118,7 +141,7 @@ class CacheBuild:
             now = read_manifest(self.folder)  # another part may have more fields
             fields = now.fields | self.manifest.fields
             build = replace(self, manifest=now.model_copy(update=_UNFINISHED | {"fields": fields}))
-            if any(build.missing(shard) for shard in build.shards()):
+            if build.all_missing(build.shards()):
                 return None
             final = build.finish()
             self.claim.leave()
@@ -129,17 +152,16 @@ class CacheBuild:
         truncated, size, clipped = 0, 0, Counter[str]()
         for shard in self.own_shards():
             for field in (EXAMPLES, *self.manifest.fields):
-                receipt = self._receipt(field, shard)
+                receipt = self._own_receipt(field, shard)
                 truncated, size = truncated + receipt.truncated, size + receipt.bytes
                 clipped[field] += receipt.clipped
         return OwnShards(truncated, size, {field: count for field, count in sorted(clipped.items()) if count})
 
     def finish(self) -> Manifest:
         """Write the final manifest from the receipts, so that readers need nothing else."""
-        examples = [self._receipt(EXAMPLES, shard) for shard in self.shards()]
-        tables = {}
-        for field in (EXAMPLES, *self.manifest.fields):
-            receipts = [self._receipt(field, shard) for shard in self.shards()]
+        found = self._whole_receipts()
+        examples, tables = found[EXAMPLES], {}
+        for field, receipts in found.items():
             for shard, (receipt, example) in enumerate(zip(receipts, examples, strict=True)):
                 if receipt.join != example.join:
                     raise CacheError(
@@ -166,11 +188,33 @@ class CacheBuild:
             write_file(self.folder / RECEIPT, rest)
         return final
 
-    def _receipt(self, field: str, shard: int) -> Receipt:
+    def _whole_receipts(self) -> dict[str, list[Receipt]]:
+        """Of every field, the receipts of all shards; CacheError where some are not whole, which a dump then redoes."""
+        found: dict[str, list[Receipt]] = {}
+        broken: list[Path] = []
+        for field in (EXAMPLES, *self.manifest.fields):
+            receipts = found[field] = []
+            for shard in self.shards():
+                receipt = self._whole_receipt(field, shard)
+                if receipt is None:
+                    broken.append(receipt_file(self.folder, field, shard))
+                else:
+                    receipts.append(receipt)
+        for path in broken:
+            path.unlink(missing_ok=True)  # or a later claim, by the names alone, would take the shard for whole
+        if broken:
+            first = broken[0]
+            raise CacheError(
+                f"{len(broken)} shards in {self.folder} are missing or not as they were written (the first is "
+                f"{first.parent.name}/{first.stem}): give the same command again, it makes them anew"
+            )
+        return found
+
+    def _own_receipt(self, field: str, shard: int) -> Receipt:
         receipt = read_receipt(self.folder, field, shard)
         if receipt is None:
             raise CacheError(
-                f"shard {shard} of '{field}' in {self.folder} has no receipt: give the same dump command again"
+                f"{receipt_file(self.folder, field, shard)} is gone or damaged: give the same command again"
             )
         return receipt
 

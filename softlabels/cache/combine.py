@@ -149,7 +149,7 @@ def small_files(cache: Cache) -> list[str]:
 def write_shards(build: CacheBuild, write, *, description: str = "combine") -> int:
     """Call `write(shard, missing fields)` for each shard that misses some, some at a time; the rows that they have."""
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
-    missing = {shard: absent for shard in build.shards() if (absent := build.missing(shard))}
+    missing = build.all_missing(build.shards())
     rows = {shard: min(size, total - shard * size) for shard in missing}
     new = sum(rows.values())
     with (
@@ -264,11 +264,8 @@ class _Writer:
         self.whole = plan.join.kept is None  # every shard has the rows of the first cache's
         self.cut = counted(self.first, EXAMPLES)
         self._one_by_one = threading.Lock()  # gathers from caches whose shards are opened on the way
-        gathered = [
-            cache
-            for number, cache in enumerate(plan.caches)
-            if not self._straight(number) and any(build.missing(shard) for shard in build.shards())
-        ]
+        anything = bool(build.all_missing(build.shards()))
+        gathered = [cache for number, cache in enumerate(plan.caches) if anything and not self._straight(number)]
         for cache in gathered:
             _check_hashes(cache, LOGITS)
 

@@ -39,6 +39,12 @@ def check_rows(rows: tuple[int | None, int | None], total: int, *, where: str) -
     return first, last
 
 
+def shards_of(manifest: Manifest, span: tuple[int, int]) -> range:
+    """The shards that rows `span[0]` to before `span[1]` lie in."""
+    size = manifest.dump.shard_rows
+    return range(span[0] // size, -(-span[1] // size))
+
+
 def pull_rows(
     remote: Remote, folder: Path, fields: Sequence[str], span: tuple[int, int], *, threads: int, started: float
 ) -> PullReport:
@@ -70,8 +76,7 @@ def _refuse_int8(manifest: Manifest, first: int) -> None:
 
 def _fetch(source: Cache, store: ShardStore, span: tuple[int, int], *, threads: int) -> Fetched:
     """Fetch the shards that the rows lie in."""
-    size = source.manifest.dump.shard_rows
-    shards = range(span[0] // size, -(-span[1] // size))
+    shards = shards_of(source.manifest, span)
     names = [EXAMPLES, *source.fields]
     total = sum(source.manifest.shards[name].size(shard) for name in names for shard in shards)
     with progress(total, description="pull", unit="bytes") as update:

@@ -409,8 +409,12 @@ def shard_file(folder: Path, field: str, shard: int) -> Path:
     return folder / field / shard_name(shard)
 
 
+def receipt_name(shard: int) -> str:
+    return f"{shard:05d}.json"
+
+
 def receipt_file(folder: Path, field: str, shard: int) -> Path:
-    return folder / field / f"{shard:05d}.json"
+    return folder / field / receipt_name(shard)
 
 
 def to_json(model: BaseModel) -> bytes:

@@ -27,6 +27,7 @@ from softlabels.cache.format import (
     to_json,
 )
 from softlabels.cache.inside import open_inside, read_inside
+from softlabels.cache.quick import wrong_sizes
 from softlabels.cache.remote import (
     FieldCard,
     Remote,
@@ -94,15 +95,81 @@ def pull(
     return make_report(remote, folder, final, work, started=started)
 
 
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """What a pull would fetch."""
+
+    cache: Path
+    url: str  # without anything secret
+    fields: list[str]  # that would be fetched
+    rows: int  # of the shards that would be fetched
+    there_files: int  # that are there and as long as they must be; what a pull finds changed in them, it fetches again
+    there_bytes: int
+    fetch_files: int
+    fetch_bytes: int  # as they travel: fewer than they take here where they were packed
+
+
+def plan_pull(
+    url: str,
+    folder: str | Path,
+    *,
+    fields: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    rows: tuple[int | None, int | None] | None = None,
+) -> PullPlan:
+    """What `pull` with the same arguments would fetch; nothing is written, and no byte of a shard read.
+
+    Of some `rows`, every shard that they lie in counts as missing. Raises what `pull` would.
+    """
+    folder = Path(folder)
+    remote = open_remote(url)
+    chosen = choose_fields(remote.manifest, fields, layers, where=f"the cache at {remote.place.shown}")
+    shards = range(len(remote.manifest.shard_rows))
+    if rows is not None:
+        from softlabels.cache.cut import check_rows, shards_of
+
+        span = check_rows(rows, remote.manifest.corpus.rows, where=remote.place.shown)
+        shards = shards_of(remote.manifest, span)
+    whole = len(shards) == len(remote.manifest.shard_rows)
+    wanted = _wanted(folder, remote, chosen) if whole and folder.is_dir() else some_fields(remote.manifest, chosen)
+    names = [EXAMPLES, *(name for name in sorted(wanted.fields) if name in remote.manifest.fields)]
+    files, there, missing, travels = len(names) * len(shards), 0, 0, 0
+    for name in names:
+        table, card = remote.manifest.shards[name], remote.card(name)
+        lacking = set(shards)
+        if whole and folder.is_dir():
+            lacking = {wrong.shard for wrong in wrong_sizes(folder, remote.manifest, [name])}
+        there += sum(table.size(shard) for shard in shards if shard not in lacking)
+        missing += len(lacking)
+        travels += sum(remote.shard_size(name, shard, card) for shard in lacking)
+    return PullPlan(
+        cache=folder,
+        url=remote.place.shown,
+        fields=names[1:],
+        rows=sum(remote.manifest.shard_rows[shard] for shard in shards),
+        there_files=files - missing,
+        there_bytes=there,
+        fetch_files=missing,
+        fetch_bytes=travels,
+    )
+
+
 def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
-    """The manifest that the folder will have; the first time an unfinished one is put there."""
+    """The manifest that the folder will have; while it is fetched, and if it had none, an unfinished one is there."""
+    previous, final = _previous(folder), _wanted(folder, remote, chosen)
+    if previous is None or not previous.complete:
+        write_file(folder / MANIFEST, to_json(final.model_copy(update=UNFINISHED)))
+    return final
+
+
+def _wanted(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
+    """The manifest that the folder will have with the `chosen` fields; CacheError where they can't be put there."""
     for path in folder.iterdir():
         if path.is_symlink():
             raise CacheError(f"{path} is a link, and a pull follows none: put the real folder in its place")
     previous = _previous(folder)
     wanted = some_fields(remote.manifest, chosen)
     if previous is None:
-        write_file(folder / MANIFEST, to_json(wanted.model_copy(update=UNFINISHED)))
         return wanted
     shown = remote.place.shown
     refuse_another(previous, remote.manifest, where=shown, remedy=f"{folder} is left as it is: choose another folder")
@@ -117,9 +184,7 @@ def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
             f"{folder} is an unfinished cache with {', '.join(foreign)}, which {shown} has not: finish its dump first, "
             f"or choose another folder"
         )
-    wanted = some_fields(remote.manifest, sorted({*chosen, *previous.fields}))  # it goes on with all it was to have
-    write_file(folder / MANIFEST, to_json(wanted.model_copy(update=UNFINISHED)))
-    return wanted
+    return some_fields(remote.manifest, sorted({*chosen, *previous.fields}))  # it goes on with all it was to have
 
 
 def _previous(folder: Path) -> Manifest | None:

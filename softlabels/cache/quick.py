@@ -1,4 +1,4 @@
-"""A finished cache's files by name and size alone: seconds where hashing all of them takes hours.
+"""A cache's files by name and size alone: seconds where hashing them takes hours, or reading their receipts minutes.
 
 What a copy that was broken off leaves is found, and what a disk changed is not: `softlabels.cache.verify` reads the
 bytes. Two million files are told from each other without a path object for each.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabels.cache.format import Manifest, shard_name
+from softlabels.cache.format import Manifest, receipt_name, shard_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,20 @@ def wrong_sizes(folder: Path, manifest: Manifest, fields: Sequence[str]) -> Iter
                     yield WrongSize(field, shard, found, wanted)
         finally:
             os.close(place)
+
+
+def listed_shards(folder: Path, field: str, *, receipts_alone: bool = False) -> set[str]:
+    """The receipts' names in a field's folder that have a shard beside them, by one listing; no file is opened.
+
+    With `receipts_alone` they need none: the shards lie elsewhere.
+    """
+    try:
+        names = set(os.listdir(folder / field))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    suffix, shard_suffix = receipt_name(0).removeprefix("00000"), shard_name(0).removeprefix("00000")
+    receipts = {name for name in names if name.endswith(suffix)}
+    return receipts if receipts_alone else {name for name in receipts if name[: -len(suffix)] + shard_suffix in names}
 
 
 def _size(place: int, name: str) -> int | None:

@@ -223,6 +223,12 @@ class Remote:
         name = packed_name(name, card.packed[shard])
         return RemoteFile(name, card.packed[shard], table.hash(shard), packed=True, unpacked=size)
 
+    def shard_size(self, field: str, shard: int, card: FieldCard | None) -> int:
+        """The bytes of a shard as it lies there."""
+        if card is None or card.packed is None:
+            return self.manifest.shards[field].size(shard)
+        return card.packed[shard]
+
     def receipt(self, field: str, shard: int, card: FieldCard | None) -> Receipt:
         """The receipt that belongs to a shard."""
         total = self.manifest.corpus.truncated if field == EXAMPLES else self.manifest.shards[field].clipped

@@ -27,6 +27,7 @@ def pull_command(
         str | None, typer.Option(metavar="A:B", help="only the rows from number A, the first is 0, to before B; 0:1000")
     ] = None,
     threads: Threads = 8,
+    plan: Annotated[bool, typer.Option("--plan", help="only say how much would travel")] = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a cache, or some of its fields or rows; only what is missing here or differs travels.
@@ -34,9 +35,13 @@ def pull_command(
     The same command goes on after any interruption, a later one adds fields. Every file is checked on arrival. What
     was pulled is a cache like any other. To train without pulling, give train-student the URL.
     """
-    from softlabels.cache.pull import pull
+    from softlabels.cache.pull import plan_pull, pull
 
     span = None if rows is None else _parse_rows(rows)
+    if plan:
+        found = plan_pull(url, cache, fields=field or None, layers=layer or None, rows=span)
+        print_report(asdict(found), as_json=as_json)
+        return
     report = pull(url, cache, fields=field or None, layers=layer or None, rows=span, threads=threads)
     print_report(asdict(report), as_json=as_json)
 
@@ -52,5 +57,5 @@ def _parse_rows(text: str) -> tuple[int | None, int | None]:
 
 PULL_EXAMPLES = (
     "Examples:  softlabels pull s3://bucket/sst2 cache   |   softlabels pull https://host/caches/sst2 cache --field "
-    "logits   |   softlabels pull sftp://anna@host/data/sst2 part --field hidden --layer 6 --rows 0:10000"
+    "logits --plan   |   softlabels pull sftp://anna@host/data/sst2 part --field hidden --layer 6 --rows 0:10000"
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,27 +16,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 SHARDS, FIELDS, ROWS = 100_000, 20, 4096
 
 _MEASURE = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
+from tests.bench.bench_manifest import peak
 if sys.argv[1] == "manifest":
     from softlabels.cache.format import read_manifest as read
 else:
     from softlabels.cache.reader import open_cache as read
-def peak():
-    try:  # Linux counts what the parent had until exec into ru_maxrss, but not into this
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before, started = peak(), time.perf_counter()
 opened = read(Path(sys.argv[2]))
 seconds = time.perf_counter() - started
 manifest = getattr(opened, "manifest", opened)
 print(seconds, before, peak(), len(manifest.shard_rows), manifest.shards["examples"].size(0))
 """
+
+
+def peak() -> int:
+    """Bytes of memory that this process had at most."""
+    try:  # Linux counts what the parent had until exec into ru_maxrss, but not into this
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def manifest_of(shards: int, fields: int) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def write_manifest(folder: Path, *, shards: int = SHARDS, fields: int = FIELDS) 
 def measure(folder: Path, what: str) -> dict[str, float]:
     """Seconds and peak bytes of one fresh process that opens `folder`; `what` is 'manifest' or 'cache'."""
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, what, str(folder)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", _MEASURE, what, str(folder)], check=True, cwd=ROOT, capture_output=True, text=True
     )
     seconds, before, peak, shards, size = map(float, done.stdout.split())
     return {"seconds": seconds, "before": before, "peak": peak, "shards": shards, "size": size}

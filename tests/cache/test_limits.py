@@ -75,16 +75,16 @@ print(after - before, len(cache._shards))
 """
 
 
-def test_2000_shards_are_read_with_256_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,000 files, for each shard has its examples too. All are mapped at the end, and none has a descriptor."""
+def test_600_shards_are_read_with_256_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,200 files, for each shard has its examples too. All are mapped at the end, and none has a descriptor."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # made for this test alone; syncing would take most of it
-    lengths = [1] * 2000
-    values = {"logits": [np.array([row, 0], np.float32) for row in range(2000)]}
+    lengths = [1] * 600
+    values = {"logits": [np.array([row, 0], np.float32) for row in range(600)]}
     fields = {"logits": {"kind": "row", "type": "float32", "width": 2}}
     write_cache(tmp_path, rows_of(lengths), fields, values, shard_rows=1)
     done = subprocess.run([sys.executable, "-c", _READ, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "4000"]
+    assert done.stdout.split() == ["0", "1200"]
 
 
 def test_a_mapping_lives_as_long_as_what_is_read_from_it(tmp_path: Path) -> None:

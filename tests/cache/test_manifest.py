@@ -95,6 +95,7 @@ def test_a_receipt_that_cannot_be_read_counts_as_missing(tmp_path: Path) -> None
         assert read_receipt(tmp_path, "logits", 0) is None
 
 
+@pytest.mark.slow  # `tests/bench/bench_scale.py` has more of it
 def test_100_000_shards_of_20_fields_open_in_a_second_and_500_mb(tmp_path: Path) -> None:
     write_manifest(tmp_path)
     for what in ("manifest", "cache"):

@@ -13,7 +13,7 @@ import pytest
 
 from softlabels.cache import open_cache, transfer, urls
 from softlabels.cache.format import Manifest, read_manifest
-from softlabels.cache.pull import pull
+from softlabels.cache.pull import plan_pull, pull
 from softlabels.cache.push import push
 from softlabels.cache.remote import open_remote
 from softlabels.cache.settings import folder_receipt
@@ -267,6 +267,38 @@ def test_rows_travel_by_the_shards_they_lie_in(cache: Path, counted: tuple[str, 
     assert came.fetched_bytes == sum(table.size(shard) for table in tables for shard in (2, 3, 4))
     with pytest.raises(ConfigError, match="0:60"):
         pull(url, tmp_path / "other", rows=(50, 70))
+
+
+def test_a_plan_says_what_would_travel_and_writes_nothing(cache: Path, tmp_path: Path):
+    url, manifest, back = f"file://{tmp_path}/there", read_manifest(cache), tmp_path / "back"
+    push(cache, url)
+    plan = plan_pull(url, back, fields=["logits"])
+    names = ["examples", "logits"]
+    assert plan.fetch_bytes == sum(manifest.shards[name].total for name in names) and plan.there_files == 0
+    assert plan.rows == 60 and plan.fetch_files == 2 * len(manifest.shard_rows) and not back.exists()
+    assert plan.fetch_bytes == pull(url, back, fields=["logits"]).fetched_bytes
+
+    there = contents(back)
+    (back / "logits" / "00003.arrow").write_bytes(b"cut")
+    plan = plan_pull(url, back, fields=["logits", "hidden.06"])
+    assert plan.fetch_bytes == manifest.shards["hidden.06"].total + manifest.shards["logits"].size(3)
+    assert plan.there_bytes == sum(manifest.shards[name].total for name in names) - manifest.shards["logits"].size(3)
+    there.pop("logits/00003.arrow")
+    assert {name: value for name, value in contents(back).items() if name != "logits/00003.arrow"} == there
+
+    part = plan_pull(url, tmp_path / "part", fields=["logits"], rows=(25, 41))
+    assert part.fetch_bytes == pull(url, tmp_path / "part", fields=["logits"], rows=(25, 41)).fetched_bytes
+    with pytest.raises(ConfigError, match="no field 'logitz'"):
+        plan_pull(url, back, fields=["logitz"])
+    with pytest.raises(CacheError, match="another cache"):
+        make_cache(tmp_path / "other", rows=20)
+        plan_pull(url, tmp_path / "other")
+
+
+def test_a_plan_of_packed_fields_counts_what_travels(cache: Path, tmp_path: Path):
+    url = f"file://{tmp_path}/there"
+    push(cache, url, compress=True)
+    assert plan_pull(url, tmp_path / "back").fetch_bytes == pull(url, tmp_path / "back").fetched_bytes
 
 
 # ------------------------------------------------------------------------------------------- harm and interruption
@@ -548,6 +580,10 @@ def test_the_commands(cache: Path, bucket: str, tmp_path: Path, capfd: pytest.Ca
 
     code, out, _ = run("push", cache, f"{bucket}/x", "--field", "logits", "--field", "hidden.06", "--json")
     assert code == 0 and json.loads(out)["fields"] == ["hidden.06", "logits"]
+    code, out, _ = run("pull", f"{bucket}/x", tmp_path / "back", "--field", "logits", "--plan", "--json")
+    planned = json.loads(out)
+    assert code == 0 and planned["fields"] == ["logits"] and planned["fetch_bytes"] > 0
+    assert not (tmp_path / "back").exists()
     code, out, _ = run("pull", f"{bucket}/x", tmp_path / "back", "--field", "logits", "--rows", "5:25")
     assert code == 0 and "rows           20" in out
     code, out, _ = run("info", f"{bucket}/x", "--json")

@@ -111,6 +111,7 @@ def test_a_worker_that_dies_has_its_shard_done_by_another(teacher: Path, whole: 
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_slow_worker_holds_up_only_what_it_has_begun(teacher: Path, whole: Path, tmp_path: Path) -> None:
     """A shard that it writes and one that it computes, not one that it got in advance; here one stands still."""
     out, shards, waited = tmp_path / "cache", len(ROWS) // 4, []

@@ -147,7 +147,7 @@ def test_a_local_cluster_listens_on_the_loopback_alone(room: Room) -> None:
 
 
 @needs_ray
-def test_two_workers_give_the_bytes_of_a_local_dump_in_a_folder_and_behind_a_url(
+def test_two_workers_give_the_bytes_of_a_local_dump(
     room: Room, teacher: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
@@ -161,6 +161,10 @@ def test_two_workers_give_the_bytes_of_a_local_dump_in_a_folder_and_behind_a_url
     assert run(teacher, tmp_path / "cache").new_rows == 0  # at once, without a worker
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
+
+@pytest.mark.slow
+@needs_ray
+def test_so_they_do_behind_a_url(room: Room, teacher: Path, whole: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/store/cache"
     assert run(teacher, url, workers=1, capture=["logits"]).cache == url
     stored = tmp_path / "store" / "cache"

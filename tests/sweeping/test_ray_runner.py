@@ -24,6 +24,7 @@ TWO = RayOptions(workers=2, gpus_per_worker=0)
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+@pytest.mark.slow
 @needs_ray
 def test_trials_on_a_cluster_are_those_of_one_process(cache: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()

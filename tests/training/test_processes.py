@@ -103,6 +103,7 @@ def test_the_command_under_accelerate(place: Path, tmp_path: Path) -> None:
     assert done.stderr.count("train bilstm: 2/2 steps") == 1
 
 
+@pytest.mark.slow
 def test_what_takes_one_process_is_told(place: Path, tmp_path: Path) -> None:
     train = ["train-student", place / "cache", "--student", "linear", "--cpu", "--out", tmp_path / "run"]
     done = launch("-m", "softlabels", *train, count=2)
