@@ -38,7 +38,6 @@ from softlabels.cache.format import (
     read_manifest,
     read_receipt,
     receipt_file,
-    receipt_name,
     shard_file,
     to_json,
 )
@@ -46,7 +45,7 @@ from softlabels.cache.head import OutputHead, save_head
 from softlabels.cache.info import clipped_values
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.parts import Claim, Part, claim_shards, refuse_parts
-from softlabels.cache.quick import listed_shards
+from softlabels.cache.quick import unlisted_shards
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
@@ -100,13 +99,7 @@ class CacheBuild:
         fields = (EXAMPLES, *self.manifest.fields)
         if len(shards) * len(fields) <= RECEIPTS_READ:
             return {shard: absent for shard in shards if (absent := self.missing(shard))}
-        absent_fields: dict[int, list[str]] = {}
-        for field in fields:
-            there = listed_shards(self.folder, field, receipts_alone=self.elsewhere)
-            for shard in shards:
-                if receipt_name(shard) not in there:
-                    absent_fields.setdefault(shard, []).append(field)
-        return dict(sorted(absent_fields.items()))
+        return unlisted_shards(self.folder, fields, shards, receipts_alone=self.elsewhere)
 
     def _whole_receipt(self, field: str, shard: int) -> Receipt | None:
         """The receipt of a shard that is as long as it says; None where it isn't, or there is none."""

@@ -255,7 +255,12 @@ class ShardTable(_Part):
     @property
     def total(self) -> int:
         """Bytes of all shards' files."""
-        return sum(self.size(shard) for shard in range(len(self)))
+        return sum(self.all_sizes().tolist())  # of a stranger's manifest more than 64 bits
+
+    def all_sizes(self) -> np.ndarray:
+        """(shards,) int64: bytes of every shard's file."""
+        digits = np.frombuffer(bytes.fromhex(self.sizes), np.uint8).reshape(-1, _SIZE // 2)  # big end first
+        return digits.astype(np.int64) @ (256 ** np.arange(_SIZE // 2 - 1, -1, -1, dtype=np.int64))
 
     def hash(self, shard: int) -> str:
         return self.xxh3_128[32 * shard : 32 * shard + 32]

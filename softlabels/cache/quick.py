@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from softlabels.cache.format import Manifest, receipt_name, shard_name
 
 
@@ -27,39 +29,54 @@ class WrongSize:
 
 def wrong_sizes(folder: Path, manifest: Manifest, fields: Sequence[str]) -> Iterator[WrongSize]:
     """Every shard of `fields` whose file has not the size that the manifest says, in order. No byte is read."""
+    names = [shard_name(shard) for shard in range(len(manifest.shard_rows))]
     for field in fields:
-        table = manifest.shards[field]
-        try:
-            place = os.open(folder / field, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # none, or a link, or a file
-            yield from (WrongSize(field, shard, None, table.size(shard)) for shard in range(len(table)))
-            continue
-        try:
-            for shard in range(len(table)):
-                found, wanted = _size(place, shard_name(shard)), table.size(shard)
-                if found != wanted:
-                    yield WrongSize(field, shard, found, wanted)
-        finally:
-            os.close(place)
+        found, wanted = _sizes(folder / field, names), manifest.shards[field].all_sizes()
+        for shard in np.flatnonzero(found != wanted).tolist():
+            size = int(found[shard])
+            yield WrongSize(field, shard, None if size == _NO_FILE else size, int(wanted[shard]))
 
 
-def listed_shards(folder: Path, field: str, *, receipts_alone: bool = False) -> set[str]:
-    """The receipts' names in a field's folder that have a shard beside them, by one listing; no file is opened.
+def unlisted_shards(
+    folder: Path, fields: Sequence[str], shards: Sequence[int], *, receipts_alone: bool = False
+) -> dict[int, list[str]]:
+    """Of each of `shards` that lacks any, the fields whose folder doesn't list its receipt with its file beside it.
 
-    With `receipts_alone` they need none: the shards lie elsewhere.
+    With `receipts_alone` they need no file: the shards lie elsewhere. One listing a field; no file is opened.
     """
-    try:
-        names = set(os.listdir(folder / field))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    suffix, shard_suffix = receipt_name(0).removeprefix("00000"), shard_name(0).removeprefix("00000")
-    receipts = {name for name in names if name.endswith(suffix)}
-    return receipts if receipts_alone else {name for name in receipts if name[: -len(suffix)] + shard_suffix in names}
+    receipts = {receipt_name(shard): shard for shard in shards}
+    files = {} if receipts_alone else {shard_name(shard): shard for shard in shards}
+    lacking: dict[int, list[str]] = {}
+    for field in fields:
+        try:
+            names = set(os.listdir(folder / field))
+        except (FileNotFoundError, NotADirectoryError):
+            names = set()
+        for shard in {receipts[name] for name in receipts.keys() - names} | {
+            files[name] for name in files.keys() - names
+        }:
+            lacking.setdefault(shard, []).append(field)
+    return dict(sorted(lacking.items()))
 
 
-def _size(place: int, name: str) -> int | None:
+_NO_FILE = -1
+
+
+def _sizes(folder: Path, names: Sequence[str]) -> np.ndarray:
+    """(names,) int64: bytes of each file in `folder`; `_NO_FILE` where there is none, or a link, or no plain file."""
+    sizes = np.full(len(names), _NO_FILE, np.int64)
     try:
-        status = os.stat(name, dir_fd=place, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # none, or a link, or a file
+        return sizes
+    try:
+        for number, name in enumerate(names):
+            try:
+                status = os.stat(name, dir_fd=place, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                sizes[number] = status.st_size
+    finally:
+        os.close(place)
+    return sizes
