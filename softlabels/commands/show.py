@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -34,3 +35,17 @@ def print_report(facts: Mapping[str, Any], *, as_json: bool) -> None:
         print_json(dict(facts))
     else:
         typer.echo(show_facts(dict(facts)))
+
+
+def print_reports(reports: Mapping[str, Any], *, as_json: bool) -> None:
+    """The reports (dataclasses) of what was made together, by name."""
+    facts = {name: asdict(report) for name, report in reports.items()}
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo("\n\n".join(f"{name}\n{show_facts(found)}" for name, found in facts.items()))
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    typer.echo(line, err=True)
