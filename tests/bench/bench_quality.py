@@ -270,6 +270,7 @@ def run_job(job: Job, folder: str, until: float) -> dict[str, Any] | None:
     from softlabels.corpus import read_corpus
     from softlabels.evaluate import evaluate
     from softlabels.progress import quiet
+    from softlabels.runs import load_run
     from softlabels.train import train_student
 
     torch.set_num_threads(1)
@@ -282,21 +283,22 @@ def run_job(job: Job, folder: str, until: float) -> dict[str, Any] | None:
     options = StudentOptions.model_validate(job.options)
     out = place / "runs" / job.name
     with quiet():
-        report = train_student(
-            open_cache(place / "cache"),
-            out=out,
-            options=options,
-            validation=read_corpus(place / "dev.jsonl"),
-            resume=True,
-            cpu=True,
-        )
+        if not (out / "run.json").exists():  # a bench that was stopped may have trained it and not scored it
+            train_student(
+                open_cache(place / "cache"),
+                out=out,
+                options=options,
+                validation=read_corpus(place / "dev.jsonl"),
+                resume=True,
+                cpu=True,
+            )
         found = evaluate(out, read_corpus(place / "test.jsonl"), cache=open_cache(place / "cache-test")).to_dict()
     figures = {
         "accuracy": found["accuracy"],
         "macro_f1": found["macro_f1"],
         "parameters": found["parameters"],
         "ms": found["latency"]["ms"],
-        "seconds": report.train_seconds,
+        "seconds": load_run(out).record.train_seconds,
         "agreement": found["fidelity"]["agreement"],
         "teacher": found["fidelity"]["teacher_accuracy"],
         "teacher_f1": found["fidelity"]["teacher_macro_f1"],
