@@ -226,8 +226,8 @@ def _scatters(students: Sequence[Student], draw: _Drawer) -> list[Drawing]:
 
 _PANELS = {
     "accuracy": ("Validation", "validation accuracy, %"),
-    "loss": ("Validation", "validation loss (each student's own)"),
-    "train/loss": ("Training", "training loss (each student's own)"),
+    "loss": ("Validation", "validation loss"),
+    "train/loss": ("Training", "training loss"),
 }
 
 
