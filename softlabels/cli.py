@@ -1319,6 +1319,17 @@ app.command("push", epilog=PUSH_EXAMPLES)(push_command)
 app.command("pull", epilog=PULL_EXAMPLES)(pull_command)
 
 
+def _a_line_each(examples: str) -> str:
+    """The examples of a command below one another, unbroken, so that they can be copied."""
+    head, _, rest = examples.partition(":")
+    first = f"{head}:  "
+    return f"\b\n{first}" + f"\n{' ' * len(first)}".join(rest.strip().split("   |   "))  # \b: not to be wrapped
+
+
+for _command in app.registered_commands:
+    _command.epilog = _a_line_each(_command.epilog or "")
+
+
 # -------------------------------------------------------------------------------------------------------- printing
 
 
@@ -1380,6 +1391,9 @@ class _OnInterrupt:
             raise KeyboardInterrupt
 
 
+_RESUMED = ("train-student", "train-joint", "train-multitask")  # the commands that go on only if told to
+
+
 def _guarded(arguments: list[str], *, debug: bool) -> int:
     """The exit code of a command line; whatever stopped it is told on stderr."""
     try:
@@ -1397,10 +1411,8 @@ def _guarded(arguments: list[str], *, debug: bool) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if _is_interrupt(error):
-            _say(
-                "\nstopped. What was committed is kept: give the same command again to go on "
-                "(train-student: with --resume)"
-            )
+            again = "again with --resume" if arguments[:1] and arguments[0] in _RESUMED else "again"
+            _say(f"\nstopped. What was committed is kept: give the same command {again} to go on")
             return 130
         if debug and not isinstance(error, TyperException):
             raise

@@ -34,8 +34,8 @@ def check_rows(rows: tuple[int | None, int | None], total: int, *, where: str) -
     first, last = rows[0] or 0, total if rows[1] is None else rows[1]
     if not 0 <= first < last <= total:
         raise ConfigError(
-            f"rows {first}:{last}: the cache at {where} has the rows 0:{total}. Ask for some of these, from the smaller "
-            f"number on"
+            f"rows {first}:{last}: the cache at {where} has the rows 0:{total}. Ask for some of these, the "
+            f"smaller number first"
         )
     return first, last
 
