@@ -315,7 +315,8 @@ def _notes(students: Sequence[Student], found: Gathered) -> list[str]:
             f"Evaluate them with --cache."
         )
     if found.left_out:
-        notes.append(f"{len(found.left_out)} run(s) are not shown; the end of the page says why.")
+        count = len(found.left_out)
+        notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not shown; the end of the page says why.")
     return notes
 
 
