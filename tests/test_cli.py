@@ -263,6 +263,11 @@ def test_help_and_usage_errors_are_light_and_every_help_has_an_example() -> None
     assert len(pages) == len(helps) and all(name in pages[0] for name in COMMANDS)
     for name, page in zip(COMMANDS, pages[1:], strict=True):
         assert re.search(rf"Examples?: +softlabels {name}\b", page), page
+        examples = page[page.rindex("Example") :].rstrip().splitlines()  # each on one line, whole
+        assert all(
+            re.match(r"(Examples?:)? +([A-Za-z0-9 ]+:  )?(softlabels|ssh-keygen|accelerate) ", line)
+            for line in examples
+        ), page
     assert done.stderr.count("error:") == len(wrong) and "Traceback" not in done.stderr
 
 
@@ -735,7 +740,8 @@ def stopped(done: Finished) -> None:
     """One line says that it was stopped, and nothing looks like a fault."""
     assert done.code == 130, done
     assert "Traceback" not in done.err and "Exception ignored" not in done.err and "error" not in done.err, done.err
-    assert len(re.findall("^stopped. What was committed is kept", done.err, re.M)) == 1, done.err
+    told = "^stopped. What was committed is kept: give the same command again( with --resume)? to go on$"
+    assert len(re.findall(told, done.err, re.M)) == 1, done.err
 
 
 @pytest.mark.parametrize("library", ["numpy", "libtorch", "pyarrow"])

@@ -16,7 +16,7 @@ import xxhash
 from softlabels.cache.build import derive_cache
 from softlabels.cache.combine import small_files, write_shards
 from softlabels.cache.concatenate import Piece, PieceWriter, cut_pieces
-from softlabels.cache.format import EXAMPLES, Manifest, read_receipt
+from softlabels.cache.format import EXAMPLES, MANIFEST, Manifest, read_manifest, read_receipt
 from softlabels.cache.members import labelled_rows
 from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard, make_report
 from softlabels.cache.reader import Cache
@@ -24,7 +24,7 @@ from softlabels.cache.remote import Remote, some_fields
 from softlabels.cache.shards import count_targets, list_lengths
 from softlabels.cache.stream import ShardStore, open_store
 from softlabels.cache.transfer import Traffic, in_parallel
-from softlabels.errors import ConfigError
+from softlabels.errors import CacheError, ConfigError
 from softlabels.progress import progress
 from softlabels.types import TOKEN_LABELS
 
@@ -34,7 +34,8 @@ def check_rows(rows: tuple[int | None, int | None], total: int, *, where: str) -
     first, last = rows[0] or 0, total if rows[1] is None else rows[1]
     if not 0 <= first < last <= total:
         raise ConfigError(
-            f"rows {first}:{last}: the cache at {where} has the rows 0:{total}, and some of them must be asked for"
+            f"rows {first}:{last}: the cache at {where} has the rows 0:{total}. Ask for some of these, the "
+            f"smaller number first"
         )
     return first, last
 
@@ -49,6 +50,7 @@ def pull_rows(
     remote: Remote, folder: Path, fields: Sequence[str], span: tuple[int, int], *, threads: int, started: float
 ) -> PullReport:
     """Fetch rows `span[0]` to before `span[1]` of `fields` into the cache at `folder`; see `softlabels.cache.pull`."""
+    _refuse_other_rows(folder, remote, span)
     wanted = Remote(remote.place, some_fields(remote.manifest, fields), remote.named)
     drafts = folder.resolve().with_name(f".tmp-pull-{folder.resolve().name}")  # whole shards, until they are cut
     store = open_store(wanted, folder=drafts)
@@ -62,6 +64,22 @@ def pull_rows(
         final = build.finish()
     shutil.rmtree(drafts)
     return make_report(remote, folder, final, fetched, started=started)
+
+
+def _refuse_other_rows(folder: Path, remote: Remote, span: tuple[int, int]) -> None:
+    """CacheError, before anything travels, where the folder holds other rows, or another cache."""
+    if not (folder / MANIFEST).is_file():
+        return
+    held, wanted = read_manifest(folder).corpus, _rows_hash(remote.manifest, span)
+    if held.hash != wanted:
+        raise CacheError(
+            f"{folder} holds {held.source}, and rows {span[0]}:{span[1]} of {remote.place.shown} are others: a folder "
+            f"holds one range of rows, to which later pulls add fields. Choose another folder"
+        )
+
+
+def _rows_hash(manifest: Manifest, span: tuple[int, int]) -> str:
+    return xxhash.xxh3_128(f"{manifest.corpus.hash}\n{span[0]}:{span[1]}".encode()).hexdigest()
 
 
 def _refuse_int8(manifest: Manifest, first: int) -> None:
@@ -103,7 +121,7 @@ def _manifest(source: Cache, span: tuple[int, int]) -> Manifest:
     corpus = card.model_copy(
         update={
             "source": f"{card.source}[{span[0]}:{span[1]}]",
-            "hash": xxhash.xxh3_128(f"{card.hash}\n{span[0]}:{span[1]}".encode()).hexdigest(),
+            "hash": _rows_hash(source.manifest, span),
             "rows": span[1] - span[0],
             "labelled": labelled,
             "truncated": 0,

@@ -437,7 +437,8 @@ def read_manifest(folder: Path) -> Manifest:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # of its slashes a path keeps one
             from softlabels.cache.urls import redact
 
-            shown = redact(str(folder).replace(":/", "://", 1))
+            local = re.match(r"(file|local):/", str(folder), re.IGNORECASE)  # of these the path begins with the third
+            shown = redact(str(folder).replace(":/", ":///" if local else "://", 1))
             raise CacheError(f"{shown} is a URL, and a folder is needed here: `softlabels pull` makes one of it")
         raise CacheError(f"no cache at {folder}: no such folder. Make one with `softlabels dump … --out {folder}`")
     try:

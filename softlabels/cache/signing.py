@@ -101,7 +101,10 @@ def signature_faults(folder: Path, manifest: Manifest, signers: Sequence[str], f
         message = read_inside(folder, SUMS, limit=MANIFEST_LIMIT)
         key = check(message, read_inside(folder, SIGNATURE, limit=_LIMIT))
     except FileNotFoundError as error:
-        yield f"the cache is not signed: {Path(error.filename).name} is missing. Who made it signs it: softlabels sign"
+        yield (
+            f"the cache is not signed: {Path(error.filename).name} is missing. Who made it signs it (softlabels sign); "
+            f"a signature comes with a pull of all fields and rows, not of some"
+        )
         return
     except SignatureFault as error:
         yield f"{SIGNATURE} is no signature of {SUMS}: {error}"

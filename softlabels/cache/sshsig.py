@@ -131,7 +131,12 @@ def load_private_key(path: Path, passphrase: Callable[[], str]) -> Ed25519Privat
         from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     except ImportError:
         raise need_cryptography() from None
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--key {path}: there is no such file. `ssh-keygen -t ed25519 -f {path}` makes a key"
+        ) from None
     try:
         key = load_ssh_private_key(data, None)
     except TypeError:  # it has a passphrase

@@ -6,6 +6,7 @@ Nothing here knows a protocol by more than its name. Credentials come by the way
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -98,6 +99,8 @@ class Place:
     def _connect(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
+        if self.protocol in ("gs", "gcs"):  # it logs what it can't reach, traceback and all; the error says it too
+            logging.getLogger("gcsfs").addHandler(logging.NullHandler())
         try:
             options = {} if self.protocol in ("http", "https") else {"skip_instance_cache": True}
             fs, root = url_to_fs(self.url, **options)
@@ -235,7 +238,10 @@ class Place:
 
     def _put(self, name: str, put: Callable[[Any, str], None]) -> None:
         if self.protocol in _ATOMIC:
-            self.call(lambda fs: put(fs, self.path(name)))
+            try:
+                self.call(lambda fs: put(fs, self.path(name)))
+            except FileNotFoundError as error:  # there are no folders to lack: the bucket or repository is not there
+                raise CacheError(f"{self.shown}: {self.hide(error)}. Make it first, or push to another URL") from None
             return
         folder, _, file = name.rpartition("/")
         mark = f"{threading.get_ident():x}{time.monotonic_ns():x}"

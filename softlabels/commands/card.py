@@ -39,7 +39,8 @@ def card(
     from softlabels.cache.card import MARK, write_card
     from softlabels.cache.files import write_file
     from softlabels.cache.format import read_manifest
-    from softlabels.cache.licence import build_facts, keep_facts
+    from softlabels.cache.licence import build_facts, keep_facts, read_facts
+    from softlabels.cache.signing import SUMS
 
     told = build_facts(
         name=name,
@@ -50,7 +51,12 @@ def card(
     )
     manifest = read_manifest(cache)
     text = write_card(manifest, told, url=url)  # what can't be told is found before anything is written
-    text = write_card(manifest, keep_facts(cache, told), url=url)
+    before = read_facts(cache)
+    text = write_card(manifest, facts := keep_facts(cache, told), url=url)
+    if facts != before and (cache / SUMS).exists():
+        typer.echo(
+            f"note: card.json has changed, and the signature is of the old one: softlabels sign {cache}", err=True
+        )
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -19,7 +19,7 @@ EXAMPLES = (
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN ...", help="run folders, or folders with runs beneath them (of run, of sweep)"),
+        typer.Argument(metavar="RUN ...", help="evaluated runs, or folders with such beneath them (of run, of sweep)"),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="the page")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="of the page")] = None,

@@ -19,6 +19,7 @@ from softlabels.scoring.figures import Calibration
 
 MARKS = ["o", "s", "^", "D", "v", "P", "X", "h"]
 _DASHES = ["-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.2, 1, 1.2)), "-", (0, (5, 1.5)), (0, (2, 1.2)), "-"]
+_LEAST_SPAN = 5.0  # points of accuracy that a curve's axis covers at least
 _MOST_CELLS = 12  # classes whose confusions are written out; of more they are only coloured
 
 
@@ -113,6 +114,7 @@ def draw_curve(name: str, curve: Curve) -> str:
             color = SERIES[number]
             axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
             axes.plot(x, mean, color=color, marker=MARKS[number], ms=6, ls=_DASHES[number], label=plain(line.name, 44))
+        _span_at_least(axes, _LEAST_SPAN)
         values = sorted({point.x for line in curve.lines for point in line.points})
         if len(values) <= 6 and values[0] > 0 and values[-1] / values[0] >= 4:
             axes.set_xscale("log")
@@ -128,6 +130,14 @@ def draw_curve(name: str, curve: Curve) -> str:
         best = max((point for line in curve.lines for point in line.points), key=lambda point: point.mean)
         alt = f"Accuracy along {curve.label}: best {100 * best.mean:.1f} % at {best.x:g}"
         return to_svg(figure, name, alt=alt)
+
+
+def _span_at_least(axes: Axes, span: float) -> None:
+    """Widen a vertical axis of percents: a difference of a row or two shall not look like one of everything."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        least = min(max((low + high - span) / 2, 0), 100 - span)
+        axes.set_ylim(least, least + span)
 
 
 @dataclass(frozen=True, slots=True)

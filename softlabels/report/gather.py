@@ -130,7 +130,7 @@ def _choose(evaluated: Sequence[dict[str, KeptEvaluation]], wanted: str | None, 
         reasons = "".join(f". {item.path}: {item.why}" for item in left_out[:3])
         raise StudentError(
             "none of the runs has an evaluation to report: add one to each with "
-            f"`softlabels evaluate RUN CORPUS --cache CACHE`{reasons}"
+            f"`softlabels evaluate RUN CORPUS --cache CACHE`, of a sweep to each folder in its trials/{reasons}"
         )
     known = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in counts.most_common())
     if wanted is None:

@@ -226,8 +226,8 @@ def _scatters(students: Sequence[Student], draw: _Drawer) -> list[Drawing]:
 
 _PANELS = {
     "accuracy": ("Validation", "validation accuracy, %"),
-    "loss": ("Validation", "validation loss (each student's own)"),
-    "train/loss": ("Training", "training loss (each student's own)"),
+    "loss": ("Validation", "validation loss"),
+    "train/loss": ("Training", "training loss"),
 }
 
 
@@ -315,7 +315,8 @@ def _notes(students: Sequence[Student], found: Gathered) -> list[str]:
             f"Evaluate them with --cache."
         )
     if found.left_out:
-        notes.append(f"{len(found.left_out)} run(s) are not shown; the end of the page says why.")
+        count = len(found.left_out)
+        notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not shown; the end of the page says why.")
     return notes
 
 

@@ -107,6 +107,11 @@ class Space:
             for key in _SAID_BY_PHASES & given.keys():
                 phase.pop(key, None)
         if not data.get("phases"):
+            if lost := sorted(key for key in given if key.startswith("phases.")):
+                raise ConfigError(
+                    f"sweep, trial {trial}: '{lost[0]}' is of a phase, and this student has none: name the key itself "
+                    f"('{lost[0].split('.', 2)[-1]}'), or start from a recipe that has phases (--recipe)"
+                )
             data.setdefault("losses", copy.deepcopy(StudentOptions.model_fields["losses"].default))
         for key in sorted(given, key=lambda key: key.count(".")):  # `losses` before `losses.kl`
             set_key(data, key, copy.deepcopy(given[key]))

@@ -257,6 +257,10 @@ def test_rows(cache: Path, tmp_path: Path, span: tuple[int | None, int | None]):
         assert (values == theirs.fields[name]).all()
     with pytest.raises(CacheError, match=r"corpus.hash"):
         pull(f"file://{tmp_path}/there", tmp_path / "part")
+    remembered = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CacheError, match=r"part holds .*\[\d+:\d+\], and rows 20:30 of file://.* are others"):
+        pull(f"file://{tmp_path}/there", tmp_path / "part", rows=(20, 30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == remembered  # nothing travelled
 
 
 def test_rows_travel_by_the_shards_they_lie_in(cache: Path, counted: tuple[str, Proxy], tmp_path: Path):
@@ -593,6 +597,7 @@ def test_the_commands(cache: Path, bucket: str, tmp_path: Path, capfd: pytest.Ca
         (("pull", f"{bucket}/x", tmp_path / "no", "--rows", "50:90"), "has the rows 0:60"),
         (("pull", f"{bucket}/nothing", tmp_path / "no"), "no cache at"),
         (("push", tmp_path / "no", f"{bucket}/x"), "no such folder"),
+        (("push", cache, "s3://there-is-no-such-bucket/x"), "s3://there-is-no-such-bucket/x: "),
         (("push", cache, "cache-of-mine"), "is no URL"),
         (("pull", tmp_path / "no", tmp_path / "back"), "is no URL"),
     ):
@@ -603,6 +608,8 @@ def test_the_commands(cache: Path, bucket: str, tmp_path: Path, capfd: pytest.Ca
 def test_a_url_where_a_folder_is_needed(cache: Path, tmp_path: Path):
     with pytest.raises(CacheError, match=r"s3://\*\*\*@bucket/x is a URL, and a folder is needed.*pull"):
         verify_cache("s3://KEY:pass-word@bucket/x".replace("//", "/"))
+    with pytest.raises(CacheError, match=r"^file:///no/cache is a URL"):
+        verify_cache(Path("file:///no/cache"))
     with pytest.raises(CacheError, match=r"sftp://\*\*\*@127.0.0.1:9/x can't be reached"):
         pytest.importorskip("paramiko")
         pull("sftp://anna:pass-word@127.0.0.1:9/x", tmp_path / "no")

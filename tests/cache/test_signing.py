@@ -195,6 +195,13 @@ def test_what_stands_beside_it_is_not_bound(cache: Path) -> None:
     assert any(line.startswith("tokenizer/more.json is not in the signed list") for line in faults(cache))
 
 
+def test_licences_that_change_after_signing_are_told(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in ((["--license", "odbl"], True), (["--license", "odbl"], False), ([], False)):
+        assert _guarded(["card", str(cache), *command], debug=True) == 0
+        assert ("the signature is of the old one" in capsys.readouterr().err) is told
+    assert any(line.startswith("card.json") for line in faults(cache))
+
+
 def test_a_signed_list_leads_nowhere_else(cache: Path) -> None:
     lines = (cache / SUMS).read_text()
     for line in (f"{'0' * 64}  ../key\n", f"{'0' * 64}  /etc/passwd\n", f"{'0' * 64} *x\n", "\n", lines[:100]):
@@ -311,6 +318,10 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
     assert public(load_private_key(tmp_path / "key", lambda: "")) == public(KEY)
     (tmp_path / "rubbish").write_bytes(b"\xff\x00")
     (tmp_path / "empty").write_text("# nothing\n")
+    with pytest.raises(
+        ConfigError, match=r"nokey: there is no such file. `ssh-keygen -t ed25519 -f .*nokey` makes a key"
+    ):
+        load_private_key(tmp_path / "nokey", lambda: "")
     for name, told in (("key.pub", "give the file without .pub"), ("rubbish", "no private key"), ("empty", "no priv")):
         with pytest.raises(ConfigError, match=told):
             load_private_key(tmp_path / name, lambda: "")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from softlabels.errors import ConfigError, StudentError
 from softlabels.report import report
 from softlabels.report.curves import find_curves
+from softlabels.report.figures import _span_at_least
 from softlabels.report.gather import find_runs, gather
 from softlabels.report.students import group_students, hold_against_best, pareto_front
 from softlabels.scoring.mcnemar import mcnemar
@@ -131,12 +133,26 @@ def test_curves_join_what_differs_in_one_setting(tmp_path: Path) -> None:
     )
 
 
+def test_a_difference_of_one_row_does_not_fill_an_axis() -> None:
+    for values, bounds in (
+        ((50.67, 51.0), (48.3, 53.3)),
+        ((0.0, 0.3), (0.0, 5.0)),
+        ((99.9, 100.0), (95.0, 100.0)),
+        ((40.0, 60.0), None),
+    ):
+        axes = Figure().subplots()
+        axes.plot([1, 4], values)
+        before = axes.get_ylim()
+        _span_at_least(axes, 5.0)
+        assert axes.get_ylim() == pytest.approx(bounds or before, abs=0.1)
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
 def test_runs_without_an_evaluation(tmp_path: Path) -> None:
     by_words(tmp_path / "bare", {"the": [0.0, 1.0, 0.0]})
-    with pytest.raises(StudentError, match="softlabels evaluate RUN CORPUS --cache CACHE"):
+    with pytest.raises(StudentError, match=r"softlabels evaluate RUN CORPUS --cache CACHE`, of a sweep to each"):
         report([tmp_path], out=tmp_path / "r.html")
     make(tmp_path, "full", 2.0)
     found = report([tmp_path], out=tmp_path / "r.html")

@@ -137,6 +137,7 @@ def test_the_linear_student_has_the_losses_that_it_can_have() -> None:
         ((Choice("temperatur", (1, 2)),), BILSTM, {}, "unknown key 'temperatur'.*Did you mean 'temperature'"),
         ((Choice("temperature", (1, -2)),), BILSTM, {}, "temperature=-2: .*above 0"),
         ((Choice("losses.kll", (1, 2)),), BILSTM, {}, "no loss 'kll'.*Did you mean 'kl'"),
+        ((Choice("phases.0.lr", (1, 2)),), BILSTM, {}, r"'phases.0.lr' is of a phase.*\('lr'\)"),
         ((Choice("lr.x", (1, 2)),), BILSTM | {"lr": 1}, {}, "below"),
         ((Choice("lr", (1, 2)),), BILSTM | {"lr": 1}, {}, "'lr' is given twice"),
         ((Range("lr", 0.1, 1),), BILSTM, {}, "which has no grid"),
