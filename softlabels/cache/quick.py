@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabels.cache.format import Manifest, receipt_name, shard_name
+from softlabels.cache.format import Manifest, Receipt, load_receipt_at, receipt_name, shard_name
+from softlabels.cache.inside import open_folder
+from softlabels.errors import CacheError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,31 @@ def listed_shards(folder: Path, field: str, *, receipts_alone: bool = False) -> 
     suffix, shard_suffix = receipt_name(0).removeprefix("00000"), shard_name(0).removeprefix("00000")
     receipts = {name for name in names if name.endswith(suffix)}
     return receipts if receipts_alone else {name for name in receipts if name[: -len(suffix)] + shard_suffix in names}
+
+
+def whole_receipts(
+    folder: Path, field: str, shards: Sequence[int], *, receipts_alone: bool = False
+) -> Iterator[Receipt | None]:
+    """The receipt of each of `shards`; None where there is none that can be read, or the shard is not as long as it.
+
+    With `receipts_alone` nothing is asked of the shards: they lie elsewhere.
+    """
+    try:
+        place = open_folder(folder, field)
+    except (FileNotFoundError, CacheError):
+        yield from (None for _ in shards)
+        return
+    try:
+        for shard in shards:
+            try:
+                receipt = load_receipt_at(place, receipt_name(shard))
+            except (FileNotFoundError, CacheError):
+                yield None
+                continue
+            whole = receipts_alone or _size(place, shard_name(shard)) == receipt.bytes
+            yield receipt if whole else None
+    finally:
+        os.close(place)
 
 
 def _size(place: int, name: str) -> int | None:
