@@ -307,6 +307,26 @@ def test_what_is_damaged_or_old_goes(tmp_path: Path, few_at_a_time: Path) -> Non
     assert not list(few_at_a_time.glob(".tmp-*"))
 
 
+def test_what_is_kept_is_its_owners_alone(tmp_path: Path, few_at_a_time: Path) -> None:
+    """In a folder that others read, and write, too."""
+    few_at_a_time.mkdir(parents=True)
+    few_at_a_time.chmod(0o777)
+    path = write_rows(tmp_path / "x.jsonl", ROWS)
+    wanted = list(streamed(path).examples)
+    kept = {place for place in few_at_a_time.iterdir() if place.suffix != ".lock"}
+    assert len(kept) == 2 and {place.stat().st_mode & 0o777 for place in kept} == {0o600}
+    if os.geteuid() == 0:  # only root may give files away
+        for place in kept:
+            os.chown(place, 65534, -1)
+            assert streamed(path).examples == wanted
+            assert {place.stat().st_uid for place in kept} == {0}, "what another one has put there is not believed"
+    arrow = next(place for place in kept if place.suffix == ".arrow")
+    arrow.with_suffix(".json").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    (few_at_a_time / f".tmp-{arrow.name}").symlink_to(elsewhere)
+    assert streamed(path).examples == wanted and not elsewhere.exists()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SOFTLABELS_CACHE", str(tmp_path / "file"))
