@@ -64,6 +64,7 @@ class Watch(Generic[T]):
     name: Callable[[T], str]  # 'shard 7'
     done: Callable[[T, Any], object]  # an item and its result
     changed: Callable[[int, int], object] = lambda workers, retries: None  # workers that can work; retries so far
+    given_up: Callable[[GivenUp[T]], object] = lambda one: None  # as soon as an item is
 
 
 def run_items(
@@ -249,6 +250,7 @@ class _Pool(Generic[T]):
             self.report.retries += 1
             return
         self.report.given_up.append(GivenUp(entry.item, reason))
+        self.watch.given_up(self.report.given_up[-1])
         self.left -= 1
         self.streak += 1
         if self.streak >= _STREAK or (not self.completed and self.streak >= TRIES and self.left):

@@ -28,12 +28,15 @@ def run_on_cluster(options: RayOptions) -> Runner:
         waiting = list(trials)
         if not waiting:
             return
-        watch: Watch[Trial] = Watch(lambda trial: f"trial {trial.name}", tell, lambda workers, retries: tick())
+        watch: Watch[Trial] = Watch(
+            lambda trial: f"trial {trial.name}",
+            tell,
+            changed=lambda workers, retries: tick(),
+            given_up=lambda one: tell(one.item, failed(one.item, one.reason)),
+        )
         with connect(options) as room:
             plan = open_trainer(setting, room)
-            report = run_items(waiting, plan, room=room, total=len(waiting), depth=1, watch=watch)
-        for one in report.given_up:
-            tell(one.item, failed(one.item, one.reason))
+            run_items(waiting, plan, room=room, total=len(waiting), depth=1, watch=watch)
 
     return run
 
