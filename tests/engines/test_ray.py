@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from softlabels.engines.ray_pool import OpenWorker, Report, Watch, run_items
 from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.teacher import load_teacher
 from softlabels.types import Example
-from tests.engines.pool_workers import open_doubles, open_elsewhere, open_never
+from tests.engines.pool_workers import open_doubles, open_elsewhere, open_first, open_never
 from tests.engines.test_devices import contents
 from tests.models import LABEL_NAMES, TEXTS, save_teacher
 from tests.processes import command, environment
@@ -128,6 +129,15 @@ def test_what_no_other_try_could_mend_ends_the_pool(room: Room) -> None:
     with pytest.raises(TeacherError, match=r"workers died one after another before they could work; the last one died"):
         pool(room, [1, 2, 3], open_never)
     assert pool(room, [4])[0] == {4: 8}  # and the cluster is none the worse
+
+
+@pytest.mark.slow
+@needs_ray
+def test_where_others_cannot_open_the_one_that_works_goes_on(room: Room, tmp_path: Path) -> None:
+    opener = partial(open_first, tmp_path / "mark")
+    results, report = pool(room, [1, "sleep 30", 2, 3], opener)
+    assert results == {1: 2, "sleep 30": -2, 2: 4, 3: 6} and not report.given_up
+    assert 6 <= len(report.lost) <= 8 and all(line.endswith("died before it could work") for line in report.lost)
 
 
 @needs_ray
