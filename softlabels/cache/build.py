@@ -201,9 +201,11 @@ class CacheBuild:
             path.unlink(missing_ok=True)  # or a later claim, by the names alone, would take the shard for whole
         if broken:
             first = broken[0]
+            count = "1 shard" if len(broken) == 1 else f"{len(broken)} shards"
+            again = "the same command" if self.claim is None else "the command of every part"  # each writes its own
             raise CacheError(
-                f"{len(broken)} shards in {self.folder} are missing or not as they were written (the first is "
-                f"{first.parent.name}/{first.stem}): give the same command again, it makes them anew"
+                f"{self.folder} has {count} missing or not as written (the first is {first.parent.name}/{first.stem}): "
+                f"give {again} again, to have them made anew"
             )
         return found
 

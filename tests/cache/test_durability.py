@@ -341,7 +341,7 @@ def test_many_shards_are_claimed_by_their_names_and_checked_at_the_end(
 
     (out / "logits" / "00000.arrow").write_bytes(b"cut")  # the names don't show it
     (out / "logits" / "00001.json").write_text("spoiled")
-    with pytest.raises(CacheError, match=r"2 shards .*logits/00000\): give the same command again"):
+    with pytest.raises(CacheError, match=r"2 shards .*logits/00000\): give the same command again, to"):
         again()
     assert again().new_rows == 8 and shards_of(out) == shards_of(whole)
 
