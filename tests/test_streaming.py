@@ -168,6 +168,19 @@ def test_the_same_rows_of_images(tmp_path: Path) -> None:
         streamed(path, task="image-classification")
 
 
+def test_images_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a corpus that was named from one folder serves a command that is started in another."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'softlabels[images]'")
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    image.new("RGB", (4, 4)).save(tmp_path / "here" / "a.png")
+    write_rows(tmp_path / "here" / "x.jsonl", [{"image": "a.png", "label": "cat"}, {"image": "a.png", "label": "dog"}])
+    for place, source in (("here", "x.jsonl"), ("there", "../here/x.jsonl")):
+        monkeypatch.chdir(tmp_path / place)
+        found = streamed(Path(source), task="image-classification").examples[0].image
+        assert found is not None and Path(found).samefile(tmp_path / "here" / "a.png")
+
+
 @pytest.mark.parametrize(
     "labels",
     [

@@ -37,7 +37,7 @@ from softlabels.types import IMAGES, Example, Label, Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2  # 1 had images by paths as they were given
 KEEP_DAYS = 14  # after its last use
 _TEMPORARY = ".tmp-"
 
