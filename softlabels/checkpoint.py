@@ -142,26 +142,15 @@ def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: 
         shutil.rmtree(draft, ignore_errors=True)
     accelerator.wait_for_everyone()  # each process adds its random numbers to the draft
     epoch = max(standing.state.epoch for standing in standings.values())
-    try:
-        with _quiet_accelerate():
-            accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
-        if not first:
-            return accelerator.wait_for_everyone()  # for the first one, which puts it into place
+    with _writing(out, epoch, first=first), _quiet_accelerate():
+        accelerator.save_state(str(draft))
+    accelerator.wait_for_everyone()
+    if not first:
+        return accelerator.wait_for_everyone()  # for the first one, which puts it into place
+    with _writing(out, epoch, first=first):
         for name, standing in standings.items():
             _keep_best(name, standing, draft, place)
             write_file(draft / _progress(name), json.dumps(asdict(standing.state)).encode())
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors tell a full disk in their own ways
-        free = shutil.disk_usage(out).free / 1e6  # tells a full disk from any other fault
-        shutil.rmtree(draft, ignore_errors=True)
-        kept = f" The one of epoch {epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
-        raise StudentError(
-            f"the checkpoint of epoch {epoch} can't be written to {out} ({free:,.1f} MB free): {error}.{kept}"
-        ) from error
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
@@ -169,6 +158,26 @@ def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: 
     sync_folder(out)
     shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _writing(out: Path, epoch: int, *, first: bool) -> Iterator[None]:
+    """StudentError where the draft of a checkpoint can't be written; the first process removes it, as it is of all."""
+    draft, place, _ = _paths(out)
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors tell a full disk in their own ways
+        free = shutil.disk_usage(out).free / 1e6  # tells a full disk from any other fault
+        if first:
+            shutil.rmtree(draft, ignore_errors=True)
+        kept = f" The one of epoch {epoch - 1} is kept: --resume goes on from there" if place.exists() else ""
+        raise StudentError(
+            f"the checkpoint of epoch {epoch} can't be written to {out} ({free:,.1f} MB free): {error}.{kept}"
+        ) from error
 
 
 def _keep_best(name: str, standing: Standing, draft: Path, place: Path) -> None:

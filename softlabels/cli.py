@@ -103,8 +103,6 @@ app.command("push", epilog=PUSH_EXAMPLES)(push_command)
 app.command("pull", epilog=PULL_EXAMPLES)(pull_command)
 
 
-<<<<<<< HEAD
-=======
 def _a_line_each(examples: str) -> str:
     """The examples of a command below one another, unbroken, so that they can be copied."""
     head, _, rest = examples.partition(":")
@@ -116,27 +114,6 @@ for _command in app.registered_commands:
     _command.epilog = _a_line_each(_command.epilog or "")
 
 
-# -------------------------------------------------------------------------------------------------------- printing
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _finish(report: Any, as_json: bool) -> None:
-    print_report(asdict(report), as_json=as_json)
-
-
-def _finish_all(reports: Any, as_json: bool) -> None:
-    """The reports of what trained together, by name."""
-    facts = {name: asdict(report) for name, report in reports.items()}
-    if as_json:
-        print_json(facts)
-    else:
-        typer.echo("\n\n".join(f"{name}\n{show_facts(found)}" for name, found in facts.items()))
-
-
->>>>>>> walk
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
@@ -198,15 +175,8 @@ def _guarded(arguments: list[str], *, debug: bool) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if _is_interrupt(error):
-<<<<<<< HEAD
-            say(
-                "\nstopped. What was committed is kept: give the same command again to go on "
-                "(train-student: with --resume)"
-            )
-=======
             again = "again with --resume" if arguments[:1] and arguments[0] in _RESUMED else "again"
-            _say(f"\nstopped. What was committed is kept: give the same command {again} to go on")
->>>>>>> walk
+            say(f"\nstopped. What was committed is kept: give the same command {again} to go on")
             return 130
         if debug and not isinstance(error, TyperException):
             raise

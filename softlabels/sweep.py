@@ -131,7 +131,7 @@ def sweep(
             try:
                 run(setting, book.draw(), tell=book.hearing(update), tick=lambda: update(0))
             finally:
-                ledger.write_results(book.outcomes, [axis.key for axis in space.axes])
+                ledger.write_results(book.known(), [axis.key for axis in space.axes])
     result = SweepResult(
         out=str(folder),
         results=str(folder / RESULTS),
@@ -244,8 +244,13 @@ class _Book:
 
     def count_done(self) -> int:
         """Trials that an earlier call finished."""
-        points = self.ledger.read_points() if self.options.search == "optuna" else find_points(self.space, self.options)
-        return sum(self.ledger.read(trial) is not None for point in points for trial in self._trials(point))
+        return sum(self.ledger.read(trial) is not None for trial in self._asked_for())
+
+    def known(self) -> list[Outcome]:
+        """What this call was told, and of the trials whose turn has not come what an earlier one left."""
+        told = {outcome.trial for outcome in self.outcomes}
+        earlier = (self.ledger.last(trial) for trial in self._asked_for() if trial.name not in told)
+        return [*self.outcomes, *(outcome for outcome in earlier if outcome is not None)]
 
     def draw(self) -> Iterator[Trial]:
         """What is still to be trained, each as somebody is free to train it."""
@@ -268,6 +273,11 @@ class _Book:
             update(1, **({f"best {self.metric}": best[0].value(self.metric)} if best else {}))
 
         return tell
+
+    def _asked_for(self) -> Iterator[Trial]:
+        """All trials; of a search that follows its results those of the points so far."""
+        points = self.ledger.read_points() if self.options.search == "optuna" else find_points(self.space, self.options)
+        return (trial for point in points for trial in self._trials(point))
 
     def _trials(self, point: Point) -> list[Trial]:
         return trials_of(self.space, point, self.options.seeds)

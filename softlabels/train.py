@@ -55,7 +55,7 @@ from softlabels.training.preparing import (
     student_spec,
     with_tokens,
 )
-from softlabels.training.processes import Processes, find_processes, first_talks, shared_run_folder
+from softlabels.training.processes import Processes, find_processes, first_talks, others_are_told, shared_run_folder
 from softlabels.training.records import Outcome, TrainReport, make_record, make_report, outcome_of
 from softlabels.training.validation import note_epoch, validate
 from softlabels.types import Signals
@@ -90,7 +90,8 @@ def train_student(
     spec = student_spec(cache, options)
     source = read_source(options, cache, out)
     stretches = find_stretches(cache, options, spec, validation=validation, source=source)
-    with shared_run_folder(out, _configuration(cache, options, validation), processes, resume=resume):
+    configuration = _configuration(cache, options, validation)
+    with others_are_told(processes), shared_run_folder(out, configuration, processes, resume=resume):
         if options.student == LINEAR:
             refuse_several(processes, "a linear student")
             outcome = _train_linear(cache, options, stretches[0])

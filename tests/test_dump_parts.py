@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
+from softlabels.cache import build
 from softlabels.cache import parts as module
 from softlabels.cache.files import lock
 from softlabels.cache.format import read_manifest
@@ -110,6 +111,19 @@ def test_a_dump_of_the_rest_completes_what_parts_began(teacher: Path, whole: Pat
     run(teacher, out, "1/4")
     assert (out / "logits" / ".tmp-00009.arrow").exists()  # of another part, which may be at work
     assert run(teacher, out).complete and contents(out) == contents(whole)
+
+
+def test_a_part_that_finds_anothers_files_damaged_says_who_makes_them_anew(
+    teacher: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "RECEIPTS_READ", 0)  # as with very many files, of which only the names are looked at
+    out = tmp_path / "cache"
+    run(teacher, out, "1/2")
+    (out / "logits" / "00000.json").write_text("spoiled")
+    with pytest.raises(CacheError, match=r"1 shard missing .*logits/00000\): give the command of every part again"):
+        run(teacher, out, "2/2")
+    assert not run(teacher, out, "2/2").complete and run(teacher, out, "1/2").new_rows == 4
+    assert contents(out) == contents(whole)
 
 
 def test_more_parts_than_files(teacher: Path, whole: Path, tmp_path: Path) -> None:

@@ -168,6 +168,19 @@ def test_the_same_rows_of_images(tmp_path: Path) -> None:
         streamed(path, task="image-classification")
 
 
+def test_images_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a corpus that was named from one folder serves a command that is started in another."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'softlabels[images]'")
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    image.new("RGB", (4, 4)).save(tmp_path / "here" / "a.png")
+    write_rows(tmp_path / "here" / "x.jsonl", [{"image": "a.png", "label": "cat"}, {"image": "a.png", "label": "dog"}])
+    for place, source in (("here", "x.jsonl"), ("there", "../here/x.jsonl")):
+        monkeypatch.chdir(tmp_path / place)
+        found = streamed(Path(source), task="image-classification").examples[0].image
+        assert found is not None and Path(found).samefile(tmp_path / "here" / "a.png")
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -305,6 +318,26 @@ def test_what_is_damaged_or_old_goes(tmp_path: Path, few_at_a_time: Path) -> Non
     assert not kept.exists() and not kept.with_suffix(".json").exists()
     streamed(path)
     assert not list(few_at_a_time.glob(".tmp-*"))
+
+
+def test_what_is_kept_is_its_owners_alone(tmp_path: Path, few_at_a_time: Path) -> None:
+    """In a folder that others read, and write, too."""
+    few_at_a_time.mkdir(parents=True)
+    few_at_a_time.chmod(0o777)
+    path = write_rows(tmp_path / "x.jsonl", ROWS)
+    wanted = list(streamed(path).examples)
+    kept = {place for place in few_at_a_time.iterdir() if place.suffix != ".lock"}
+    assert len(kept) == 2 and {place.stat().st_mode & 0o777 for place in kept} == {0o600}
+    if os.geteuid() == 0:  # only root may give files away
+        for place in kept:
+            os.chown(place, 65534, -1)
+            assert streamed(path).examples == wanted
+            assert {place.stat().st_uid for place in kept} == {0}, "what another one has put there is not believed"
+    arrow = next(place for place in kept if place.suffix == ".arrow")
+    arrow.with_suffix(".json").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    (few_at_a_time / f".tmp-{arrow.name}").symlink_to(elsewhere)
+    assert streamed(path).examples == wanted and not elsewhere.exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from softlabels.runs import load_run
 from softlabels.sweep import SweepResult, sweep
 from softlabels.sweeping import training
 from softlabels.sweeping.optuna_search import OptunaSearch
+from softlabels.sweeping.outcomes import Ledger
 from softlabels.sweeping.pool import run_here, run_in_processes
 from softlabels.sweeping.space import Axis, Changes, Choice, Range, SweepOptions
 from softlabels.train import train_student
@@ -144,6 +147,46 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(
     assert all(same(tmp_path / "whole" / str(o.run), tmp_path / "cut" / str(o.run)) for o in result.trials)
     (tmp_path / "cut" / "outcomes" / f"{calls[0]}.json").unlink()  # killed between a run and its outcome
     assert swept(cache, tmp_path / "cut").skipped == 2 and len(calls) == 4
+
+
+def test_stopped_again_it_keeps_the_rows_of_trials_whose_turn_has_not_come(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = swept(cache, tmp_path / "sweep").trials
+    spoiled = replace(first, status="failed", error="diverged", figures={}, run=None)
+    Ledger(tmp_path / "sweep").write(spoiled)
+
+    def stops(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    shutil.rmtree(tmp_path / "sweep" / str(first.run))
+    monkeypatch.setattr(training, "train_student", stops)
+    with pytest.raises(KeyboardInterrupt):
+        swept(cache, tmp_path / "sweep")
+    found = pyarrow.parquet.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
+    assert [(row["trial"], row["error"], row.get("accuracy")) for row in found] == [
+        (first.trial, "diverged", None),
+        *((other.trial, None, other.figures["accuracy"]) for other in others),
+    ]
+
+
+def test_a_recipe_that_says_something_else_now_is_another_sweep(cache: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    student = {"name": "small", **FIXED, "losses": {"kl": 1}}
+    data = {
+        "name": "made",
+        "corpus": {"source": "builtin:docstrings", "train": "train", "test": "test"},
+        "teacher": {"model": "none"},
+        "dump": {"capture": ["logits"]},
+        "students": [student],
+    }
+    recipe.write_text(json.dumps(data))
+    given: dict[str, Any] = {"axes": {"temperature": [1, 4]}, "fixed": {}, "recipe": str(recipe)}
+    swept(cache, tmp_path / "sweep", **given)
+    assert swept(cache, tmp_path / "sweep", **given).skipped == 2
+    recipe.write_text(json.dumps(data | {"students": [student | {"epochs": 3}]}))
+    with pytest.raises(ConfigError, match="another sweep: epochs was 1 and is now 3"):
+        swept(cache, tmp_path / "sweep", **given)
 
 
 def test_another_sweep_is_refused_with_what_differs(cache: Path, tmp_path: Path) -> None:

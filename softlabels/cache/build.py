@@ -36,7 +36,6 @@ from softlabels.cache.format import (
     TeacherCard,
     identity,
     read_manifest,
-    read_receipt,
     receipt_file,
     shard_file,
     to_json,
@@ -45,7 +44,7 @@ from softlabels.cache.head import OutputHead, save_head
 from softlabels.cache.info import clipped_values
 from softlabels.cache.inside import open_inside, read_inside
 from softlabels.cache.parts import Claim, Part, claim_shards, refuse_parts
-from softlabels.cache.quick import unlisted_shards
+from softlabels.cache.quick import unlisted_shards, whole_receipts
 from softlabels.cache.settings import folder_receipt, hash_processor
 from softlabels.cache.writer import labels_type, write_examples
 from softlabels.config import package_versions
@@ -57,7 +56,7 @@ from softlabels.pretrained import reset_tokenizer
 from softlabels.tokens import Tokenized
 from softlabels.types import IMAGES, SEQ2SEQ, Task
 
-RECEIPTS_READ = 50_000  # so many receipts, 2 s, are read by a dump that begins; of more files only the names
+RECEIPTS_READ = 50_000  # so many receipts, 1.5 s, are read by a dump that begins; of more files only the names
 Reader = PreTrainedTokenizerBase | BaseImageProcessor  # what a teacher reads its rows by
 
 
@@ -88,29 +87,27 @@ class CacheBuild:
 
     def missing(self, shard: int) -> list[str]:
         """The fields, `examples` first, that have no whole file for `shard`."""
-        return [field for field in (EXAMPLES, *self.manifest.fields) if self._whole_receipt(field, shard) is None]
+        return self.all_missing([shard]).get(shard, [])
 
     def all_missing(self, shards: Sequence[int]) -> dict[int, list[str]]:
         """`missing` of each of `shards` that lacks anything.
 
-        Of many files only the names are looked at, for two million receipts take minutes: `finish` reads them anyway,
-        and what is not whole then has to be dumped again.
+        Of many files only the names are looked at, for two million receipts take most of a minute: `finish` reads them
+        anyway, and what is not whole then has to be dumped again.
         """
         fields = (EXAMPLES, *self.manifest.fields)
-        if len(shards) * len(fields) <= RECEIPTS_READ:
-            return {shard: absent for shard in shards if (absent := self.missing(shard))}
-        return unlisted_shards(self.folder, fields, shards, receipts_alone=self.elsewhere)
+        if len(shards) * len(fields) > RECEIPTS_READ:
+            return unlisted_shards(self.folder, fields, shards, receipts_alone=self.elsewhere)
+        lacking: dict[int, list[str]] = {}
+        for field in fields:
+            for shard, receipt in zip(shards, self._whole_receipts_of(field, shards), strict=True):
+                if receipt is None:
+                    lacking.setdefault(shard, []).append(field)
+        return dict(sorted(lacking.items()))
 
-    def _whole_receipt(self, field: str, shard: int) -> Receipt | None:
-        """The receipt of a shard that is as long as it says; None where it isn't, or there is none."""
-        receipt = read_receipt(self.folder, field, shard)
-        if receipt is None or self.elsewhere:
-            return receipt
-        try:
-            size = shard_file(self.folder, field, shard).stat().st_size
-        except FileNotFoundError:
-            return None
-        return receipt if size == receipt.bytes else None
+    def _whole_receipts_of(self, field: str, shards: Sequence[int]) -> Iterator[Receipt | None]:
+        """The receipt of each shard that is as long as it says; None where it isn't, or there is none."""
+        return whole_receipts(self.folder, field, shards, receipts_alone=self.elsewhere)
 
     def write_examples(self, shard: int, rows: Tokenized) -> None:
         """Write and commit one shard of `examples`, as the manifest says."""
@@ -143,9 +140,13 @@ class CacheBuild:
     def count_own(self) -> OwnShards:
         """What the receipts of this process's shards say of them."""
         truncated, size, clipped = 0, 0, Counter[str]()
-        for shard in self.own_shards():
-            for field in (EXAMPLES, *self.manifest.fields):
-                receipt = self._own_receipt(field, shard)
+        shards = self.own_shards()
+        for field in (EXAMPLES, *self.manifest.fields):
+            receipts = whole_receipts(self.folder, field, shards, receipts_alone=True)
+            for shard, receipt in zip(shards, receipts, strict=True):
+                if receipt is None:
+                    path = receipt_file(self.folder, field, shard)
+                    raise CacheError(f"{path} is gone or damaged: give the same command again")
                 truncated, size = truncated + receipt.truncated, size + receipt.bytes
                 clipped[field] += receipt.clipped
         return OwnShards(truncated, size, {field: count for field, count in sorted(clipped.items()) if count})
@@ -187,8 +188,7 @@ class CacheBuild:
         broken: list[Path] = []
         for field in (EXAMPLES, *self.manifest.fields):
             receipts = found[field] = []
-            for shard in self.shards():
-                receipt = self._whole_receipt(field, shard)
+            for shard, receipt in enumerate(self._whole_receipts_of(field, self.shards())):
                 if receipt is None:
                     broken.append(receipt_file(self.folder, field, shard))
                 else:
@@ -197,19 +197,13 @@ class CacheBuild:
             path.unlink(missing_ok=True)  # or a later claim, by the names alone, would take the shard for whole
         if broken:
             first = broken[0]
+            count = "1 shard" if len(broken) == 1 else f"{len(broken)} shards"
+            again = "the same command" if self.claim is None else "the command of every part"  # each writes its own
             raise CacheError(
-                f"{len(broken)} shards in {self.folder} are missing or not as they were written (the first is "
-                f"{first.parent.name}/{first.stem}): give the same command again, it makes them anew"
+                f"{self.folder} has {count} missing or not as written (the first is {first.parent.name}/{first.stem}): "
+                f"give {again} again, to have them made anew"
             )
         return found
-
-    def _own_receipt(self, field: str, shard: int) -> Receipt:
-        receipt = read_receipt(self.folder, field, shard)
-        if receipt is None:
-            raise CacheError(
-                f"{receipt_file(self.folder, field, shard)} is gone or damaged: give the same command again"
-            )
-        return receipt
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,12 +128,8 @@ class StorePlace:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         _sweep_scratch()
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-        try:
-            with lock(folder):  # until this process is gone, however it goes
-                yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with ExitStack() as held:
+            yield _make_scratch(held)
 
     def deliver(self, scratch: Path, fields: Sequence[str], shard: int) -> dict[str, bytes]:
         self.check()
@@ -162,6 +158,17 @@ def open_store(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{redact(url)}: {hide(str(error), url)}") from None
     return fs, root.rstrip("/")
+
+
+def _make_scratch(held: ExitStack) -> Path:
+    """A folder that is locked until this process is gone, however it goes, and that is removed with `held`."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        with suppress(CacheError, FileNotFoundError):
+            held.enter_context(lock(folder))
+            if folder.is_dir():  # else the sweep of a worker that starts too was faster than the lock
+                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                return folder
 
 
 def _sweep_scratch() -> None:

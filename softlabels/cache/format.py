@@ -133,7 +133,7 @@ from pydantic import (
     model_validator,
 )
 
-from softlabels.cache.inside import read_inside
+from softlabels.cache.inside import read_at, read_inside
 from softlabels.errors import CacheError
 from softlabels.types import IMAGES, LANGUAGE_MODELS, TOKEN_LABELS, Task
 
@@ -472,6 +472,11 @@ def load_receipt(folder: Path, field: str, shard: int) -> Receipt:
     return _parse(Receipt, read_inside(folder, field, path.name, limit=RECEIPT_LIMIT), path)
 
 
+def load_receipt_at(place: int, name: str) -> Receipt:
+    """The same of the file `name` in an open folder of a field."""
+    return _parse(Receipt, read_at(place, name, limit=RECEIPT_LIMIT), name)
+
+
 def load_folder_receipt(folder: Path) -> FolderReceipt:
     """receipt.json; FileNotFoundError where there is none, CacheError where it is damaged."""
     return _parse(FolderReceipt, read_inside(folder, RECEIPT, limit=SETTINGS_LIMIT), folder / RECEIPT)
@@ -493,7 +498,8 @@ _Model = TypeVar("_Model", bound=_Part)
 
 
 def _parse(kind: type[_Model], raw: bytes, path: Path | str) -> _Model:
-    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:  # each takes many times its byte in memory
+    marks = (b",", b"[", b"{")  # one for each value, which takes many times its bytes in memory
+    if len(raw) > _MOST_VALUES and sum(raw.count(mark) for mark in marks) > _MOST_VALUES:
         raise CacheError(f"{path} has more than {_MOST_VALUES:,} values: refused")
     try:
         return kind.model_validate_json(raw)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from softlabels.cache.format import Manifest, receipt_name, shard_name
+from softlabels.cache.format import Manifest, Receipt, load_receipt_at, receipt_name, shard_name
+from softlabels.cache.inside import open_folder
+from softlabels.errors import CacheError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,31 @@ def unlisted_shards(
     return dict(sorted(lacking.items()))
 
 
+def whole_receipts(
+    folder: Path, field: str, shards: Sequence[int], *, receipts_alone: bool = False
+) -> Iterator[Receipt | None]:
+    """The receipt of each of `shards`; None where there is none that can be read, or the shard is not as long as it.
+
+    With `receipts_alone` nothing is asked of the shards: they lie elsewhere.
+    """
+    try:
+        place = open_folder(folder, field)
+    except (FileNotFoundError, CacheError):
+        yield from (None for _ in shards)
+        return
+    try:
+        for shard in shards:
+            try:
+                receipt = load_receipt_at(place, receipt_name(shard))
+            except (FileNotFoundError, CacheError):
+                yield None
+                continue
+            whole = receipts_alone or _size(place, shard_name(shard)) == receipt.bytes
+            yield receipt if whole else None
+    finally:
+        os.close(place)
+
+
 _NO_FILE = -1
 
 
@@ -71,12 +98,16 @@ def _sizes(folder: Path, names: Sequence[str]) -> np.ndarray:
         return sizes
     try:
         for number, name in enumerate(names):
-            try:
-                status = os.stat(name, dir_fd=place, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                sizes[number] = status.st_size
+            sizes[number] = _size(place, name)
     finally:
         os.close(place)
     return sizes
+
+
+def _size(place: int, name: str) -> int:
+    """Bytes of a file in an open folder, or `_NO_FILE`."""
+    try:
+        status = os.stat(name, dir_fd=place, follow_symlinks=False)
+    except FileNotFoundError:
+        return _NO_FILE
+    return status.st_size if stat.S_ISREG(status.st_mode) else _NO_FILE

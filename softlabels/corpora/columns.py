@@ -265,7 +265,8 @@ def _judge_table(seen: _Judged, faults: list[_Faults]) -> list[Example] | None:
         faults[2].add(seen.lines(_bad_texts([columns.target], [targets], what="target text"), named))
     images: list[str | None] = [None] * table.rows
     if seen.task == IMAGES:
-        images = [str(source.folder / path) for path in values[0]]
+        folder = source.folder.absolute()  # for workers, and later commands, that start in other folders
+        images = [str(folder / path) for path in values[0]]
         found = {row: fault for row, path in enumerate(images) if path and (fault := image_fault(Path(path)))}
         faults[3].add(seen.lines(found, named))
     if any(each.count for each in faults):

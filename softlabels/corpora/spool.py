@@ -3,9 +3,10 @@
     KEY.arrow   an Arrow IPC file of id, text, text_b, label (as JSON), words, image, target; a batch for each table
     KEY.json    what was found out on the way; written last: with it the file is whole
 
-They lie in $SOFTLABELS_CACHE/corpora, by default ~/.cache/softlabels/corpora. The key says what was read and how, and
-the size, the time and the inode of each file, so that a resumed command reads nothing again and a changed file is read
-anew. What nobody has used for two weeks is removed by the next command that keeps a corpus.
+They lie in $SOFTLABELS_CACHE/corpora, by default ~/.cache/softlabels/corpora. Their owner alone may read them, whatever
+folder that is, and those of another owner are not believed. The key says what was read and how, and the size, the time
+and the inode of each file, so that a resumed command reads nothing again and a changed file is read anew. What nobody
+has used for two weeks is removed by the next command that keeps a corpus.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from softlabels.types import IMAGES, Example, Label, Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2  # 1 had images by paths as they were given
 KEEP_DAYS = 14  # after its last use
 _TEMPORARY = ".tmp-"
 
@@ -90,12 +91,14 @@ def _folder() -> Path:
 
 def _find(path: Path) -> SpooledRows | None:
     """The rows kept at `path`; None where there are none, or not the ones that were written."""
+    about = path.with_suffix(".json")
     try:
-        found = json.loads(path.with_suffix(".json").read_text())
+        found = json.loads(about.read_text())
         labels = found["labels"]
         found["labels"] = labels and [(tuple(x) if isinstance(x, list) else x, count) for x, count in labels]
         facts = Facts(**found)
-        if path.stat().st_size != facts.bytes:
+        status = path.lstat()
+        if status.st_size != facts.bytes or not {status.st_uid, about.lstat().st_uid} <= {os.geteuid()}:
             return None
         os.utime(path)  # it is in use
         return SpooledRows(path, facts)
@@ -108,7 +111,7 @@ def _clean(folder: Path, what: str) -> None:
     oldest = time.time() - KEEP_DAYS * 24 * 3600
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another command was faster
-            if path.stat().st_mtime < oldest or (path.name.startswith(f"{what}-") and path.suffix == ".arrow"):
+            if path.lstat().st_mtime < oldest or (path.name.startswith(f"{what}-") and path.suffix == ".arrow"):
                 path.unlink()
                 path.with_suffix(".json").unlink(missing_ok=True)
             elif path.name.startswith(_TEMPORARY + what):
@@ -121,12 +124,18 @@ def _keep(path: Path, wanted: Wanted) -> SpooledRows:
         facts = _write(draft, wanted)
         os.replace(draft, path)
         about = path.with_suffix(".json")
-        draft.write_text(json.dumps(asdict(facts)))
+        with open(draft, "w", opener=_private) as file:
+            file.write(json.dumps(asdict(facts)))
         os.replace(draft, about)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
     return SpooledRows(path, facts)
+
+
+def _private(path: str, flags: int) -> int:
+    """For `open`: a file that nobody else may read, and no link to one."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 @dataclass(slots=True)
@@ -137,6 +146,7 @@ class _Seen:
     ends: list[int] = field(default_factory=list)
     ids: array[int] | None = None  # xxh3-64 of each, where they might not be unique
     labels: Counter[str] | None = field(default_factory=Counter)  # as JSON
+    classes: bool = True  # whether labels are; else they may be as many as the rows
     distinct: set[int | str | float | None] = field(default_factory=set)
 
     @property
@@ -148,7 +158,8 @@ class _Seen:
         self.ends.append(self.rows + len(rows))
         if self.ids is not None:
             self.ids.extend(xxhash.xxh3_64_intdigest(row.id.encode()) for row in rows)
-        self.distinct.update(each for row in rows if row.label is not None for each in several(row.label))
+        if self.classes:
+            self.distinct.update(each for row in rows if row.label is not None for each in several(row.label))
         if self.labels is not None:
             self.labels.update(label for label in labels if label is not None)
             if len(self.labels) > MOST_LABELS:
@@ -162,12 +173,13 @@ def _write(path: Path, wanted: Wanted) -> Facts:
     with _reading(wanted):
         sources = [part.open(limit=wanted.rows, chunk=CHUNK_ROWS) for part in wanted.parts]
     columns = [choose_columns(each, text=wanted.text, label=wanted.label, task=wanted.task) for each in sources]
-    seen = _Seen(ids=array("Q") if any(each.id for each in columns) else None)
+    ids = array("Q") if any(each.id for each in columns) else None
+    seen = _Seen(ids=ids, classes=wanted.task != "regression")
     types = {name: pa.string() for name in ("id", "text", "text_b", "label", "words", "image", "target")}
     schema = pa.schema(types | {"words": pa.list_(pa.string())})
     with (
         progress(wanted.rows, description=f"reading {wanted.source}") as update,
-        path.open("wb") as file,
+        open(path, "wb", opener=_private) as file,
     ):
         with pa.ipc.new_file(file, schema) as writer:
             for rows in _judged(sources, columns, wanted):

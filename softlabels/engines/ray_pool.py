@@ -64,6 +64,7 @@ class Watch(Generic[T]):
     name: Callable[[T], str]  # 'shard 7'
     done: Callable[[T, Any], object]  # an item and its result
     changed: Callable[[int, int], object] = lambda workers, retries: None  # workers that can work; retries so far
+    given_up: Callable[[GivenUp[T]], object] = lambda one: None  # as soon as an item is
 
 
 def run_items(
@@ -74,6 +75,7 @@ def run_items(
     `depth` items may be at a worker at a time. A SoftlabelsError of an item is not tried again, since it would be the
     same; anything else is, and a dying worker counts as that, TRIES times with no other item beside it. Raised are what
     keeps a worker from opening, and a full disk; TeacherError where workers only ever die, or items only ever fail.
+    Where some machines can't start any, those that work go on without them.
     """
     pool = _Pool(open_worker, room, depth, watch, iter(items), total)
     try:
@@ -199,7 +201,8 @@ class _Pool(Generic[T]):
                 member.ready, member.host = True, answer.result
             else:
                 self.left -= 1
-                self.unstarted = self.streak = 0
+                self.streak = 0
+                self.unstarted = self.unstarted if self._is_vain() else 0
                 self.completed += 1
                 self.watch.done(entry.item, answer.result)
         elif isinstance(answer.error, OSError) and answer.error.errno in _HOPELESS:
@@ -230,13 +233,17 @@ class _Pool(Generic[T]):
                 self._failed(call, f"its worker{where} {answer.reason}", final=False)
         if not entries:
             self.unstarted += 1
-        if self.unstarted >= max(_UNSTARTED * self.room.workers, 2 * _UNSTARTED):
-            raise TeacherError(
-                f"{self.unstarted} workers died one after another before they could work; the last one "
-                f"{answer.reason}. What was committed is kept"
-            )
-        if len(self.members) < min(self.room.workers, self.left):
+            if self._is_vain() and not any(other.ready for other in self.members):
+                raise TeacherError(
+                    f"{self.unstarted} workers died one after another before they could work; the last one "
+                    f"{answer.reason}. What was committed is kept"
+                )
+        if len(self.members) < min(self.room.workers, self.left) and (entries or not self._is_vain()):
             self._start()
+
+    def _is_vain(self) -> bool:
+        """Whether so many have died before they could work that those that can are not to wait for others."""
+        return self.unstarted >= max(_UNSTARTED * self.room.workers, 2 * _UNSTARTED)
 
     def _failed(self, call: _Call[T], reason: str, *, final: bool) -> None:
         """Once more, or never again."""
@@ -249,6 +256,7 @@ class _Pool(Generic[T]):
             self.report.retries += 1
             return
         self.report.given_up.append(GivenUp(entry.item, reason))
+        self.watch.given_up(self.report.given_up[-1])
         self.left -= 1
         self.streak += 1
         if self.streak >= _STREAK or (not self.completed and self.streak >= TRIES and self.left):

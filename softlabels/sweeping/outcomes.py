@@ -77,13 +77,17 @@ class Ledger:
                 f"{self.out} holds another sweep: {'; '.join(differ)}. Choose another --out, or delete it"
             )
 
-    def read(self, trial: Trial) -> Outcome | None:
-        """The outcome of a trial that is done; None where it is still to be trained, or failed and is tried again."""
+    def last(self, trial: Trial) -> Outcome | None:
+        """What became of a trial when it was tried last; None where it never was to its end."""
         data = _read(self.out / OUTCOMES / f"{trial.name}.json")
         try:
-            found = Outcome(**data) if isinstance(data, dict) else None
+            return Outcome(**data) if isinstance(data, dict) else None
         except TypeError:
             return None
+
+    def read(self, trial: Trial) -> Outcome | None:
+        """The outcome of a trial that is done; None where it is still to be trained, or failed and is tried again."""
+        found = self.last(trial)
         if found is None or found.status != "done":
             return None
         return found if found.run is None or (self.out / found.run / "run.json").exists() else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from softlabels.config import RayOptions
-from softlabels.engines.ray_cluster import connect
+from softlabels.engines.ray_cluster import Room, connect
 from softlabels.engines.ray_pool import Watch, run_items
 from softlabels.errors import ConfigError
 from softlabels.sweeping.outcomes import Outcome, failed
@@ -28,15 +28,25 @@ def run_on_cluster(options: RayOptions) -> Runner:
         waiting = list(trials)
         if not waiting:
             return
-        placed = replace(setting, out=setting.out.resolve(), caches=tuple(cache.resolve() for cache in setting.caches))
-        watch: Watch[Trial] = Watch(lambda trial: f"trial {trial.name}", tell, lambda workers, retries: tick())
+        watch: Watch[Trial] = Watch(
+            lambda trial: f"trial {trial.name}",
+            tell,
+            changed=lambda workers, retries: tick(),
+            given_up=lambda one: tell(one.item, failed(one.item, one.reason)),
+        )
         with connect(options) as room:
-            plan = OpenTrainer(placed, threads=max(int(room.cpus), 1))
-            report = run_items(waiting, plan, room=room, total=len(waiting), depth=1, watch=watch)
-        for one in report.given_up:
-            tell(one.item, failed(one.item, one.reason))
+            plan = open_trainer(setting, room)
+            run_items(waiting, plan, room=room, total=len(waiting), depth=1, watch=watch)
 
     return run
+
+
+def open_trainer(setting: Setting, room: Room) -> OpenTrainer:
+    """How an actor becomes a worker, wherever it starts; without a share of a GPU it trains on the CPU."""
+    caches = tuple(cache.resolve() for cache in setting.caches)
+    # Ray hides no GPU from an actor that was promised none
+    placed = replace(setting, out=setting.out.resolve(), caches=caches, cpu=setting.cpu or not room.gpus)
+    return OpenTrainer(placed, threads=max(int(room.cpus), 1))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,12 @@ class Space:
     def card(self) -> dict[str, Any]:
         """As plain data: two sweeps of the same space have the same card."""
         axes = {axis.key: list(axis.values) if isinstance(axis, Choice) else asdict(axis) for axis in self.axes}
-        return {"axes": axes, "fixed": self.fixed, "recipe": self.recipe}
+        card: dict[str, Any] = {"axes": axes, "fixed": self.fixed, "recipe": self.recipe}
+        if self.recipe is not None:  # what it says, too: the file may be another one the next time
+            named = axes.get("student", [self.fixed.get("student")])
+            said = {str(name): student_of_recipe(self.recipe, name) for name in named}
+            card["recipe_students"] = {name: options.model_dump(mode="json") for name, options in said.items()}
+        return card
 
     def options(self, changes: Mapping[str, Any], *, seed: int, trial: str) -> StudentOptions:
         """The options of one trial; ConfigError for keys or values that no trial can have."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from softlabels.cache.loader import CacheLoader
 from softlabels.checkpoint import run_folder
+from softlabels.errors import StudentError
 from softlabels.losses.means import in_parts
 from softlabels.progress import quiet
 
@@ -89,6 +90,7 @@ class Processes:
         """Each gradient becomes the sum of all processes'; one that is sparse stays so."""
         if self.count == 1:
             return
+        self._fill_gradients(parameters)
         gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         dense = [gradient for _, gradient in gradients if not gradient.is_sparse]
         if dense:
@@ -103,6 +105,14 @@ class Processes:
                 table.grad = torch.sparse_coo_tensor(
                     rows[None], values, gradient.shape, check_invariants=False
                 ).coalesce()
+
+    def _fill_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Zeros where only others have a gradient: a layer may be dropped here and not there, and sums go by place."""
+        there = [float(parameter.grad is not None) for parameter in parameters]
+        counts = reduce(torch.tensor(there, device=self.device), "sum").tolist()
+        for parameter, count in zip(parameters, counts, strict=True):
+            if parameter.grad is None and count:
+                parameter.grad = torch.zeros_like(parameter)
 
     def start_alike(self, modules: Sequence[nn.Module]) -> None:
         """Every process gets the first one's weights and buffers."""
@@ -147,6 +157,20 @@ def first_talks(processes: Processes) -> Iterator[None]:
         return
     with quiet():
         yield
+
+
+@contextmanager
+def others_are_told(processes: Processes) -> Iterator[None]:
+    """StudentError where another process has ended: torch says that in words of its own, as if it were a fault here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.count == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise StudentError(
+            f"process {processes.rank + 1} of {processes.count} cannot go on: another one has ended, or does not "
+            f"answer. What that one said is the reason"
+        ) from error
 
 
 @contextmanager

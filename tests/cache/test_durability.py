@@ -25,7 +25,18 @@ from transformers import PreTrainedTokenizerFast
 
 from softlabels.cache import build
 from softlabels.cache.build import CacheBuild, build_cache, check_rows, plan_manifest, teacher_card
-from softlabels.cache.format import EXAMPLES, DumpCard, FieldSpec, read_manifest, shard_file
+from softlabels.cache.format import (
+    EXAMPLES,
+    DumpCard,
+    FieldSpec,
+    Receipt,
+    read_manifest,
+    read_receipt,
+    receipt_file,
+    shard_file,
+    to_json,
+)
+from softlabels.cache.quick import whole_receipts
 from softlabels.cache.writer import FieldShard, join_hash, write_examples
 from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus, read_corpus
@@ -314,25 +325,49 @@ def test_many_shards_are_claimed_by_their_names_and_checked_at_the_end(
 
     again()
     fields = list(read_manifest(out).fields)
-    read = list[int]()
     monkeypatch.setattr(build, "RECEIPTS_READ", 0)
-    monkeypatch.setattr(CacheBuild, "missing", lambda self, shard: read.append(shard))
     for name in ("logits/00001.json", "hidden.02/00000.arrow", "examples/00001.json", "examples/00001.arrow"):
         (out / name).unlink()
     begun = CacheBuild(out, read_manifest(out))
-    assert begun.all_missing([0, 1]) == {0: ["hidden.02"], 1: ["examples", "logits"]}
-    assert begun.all_missing([0]) == {0: ["hidden.02"]}
-    assert replace(begun, elsewhere=True).all_missing([0, 1]) == {1: ["examples", "logits"]}
-    shutil.rmtree(out / fields[0])
-    assert CacheBuild(out, read_manifest(out)).all_missing([1])[1].count(fields[0]) == 1
+    with monkeypatch.context() as patch:
+        patch.delattr(build, "whole_receipts")  # none is read
+        assert begun.all_missing([0, 1]) == {0: ["hidden.02"], 1: ["examples", "logits"]}
+        assert begun.all_missing([0]) == {0: ["hidden.02"]}
+        assert replace(begun, elsewhere=True).all_missing([0, 1]) == {1: ["examples", "logits"]}
+        shutil.rmtree(out / fields[0])
+        assert CacheBuild(out, read_manifest(out)).all_missing([1])[1].count(fields[0]) == 1
     again()
-    assert shards_of(out) == shards_of(whole) and not read
+    assert shards_of(out) == shards_of(whole)
 
     (out / "logits" / "00000.arrow").write_bytes(b"cut")  # the names don't show it
     (out / "logits" / "00001.json").write_text("spoiled")
-    with pytest.raises(CacheError, match=r"2 shards .*logits/00000\): give the same command again"):
+    with pytest.raises(CacheError, match=r"2 shards .*logits/00000\): give the same command again, to"):
         again()
     assert again().new_rows == 8 and shards_of(out) == shards_of(whole)
+
+
+def test_receipts_by_the_million_are_read_as_strictly_as_one(tmp_path: Path) -> None:
+    good = Receipt(rows=1, tokens=2, bytes=3, xxh3_128="a" * 32, join="b" * 32)
+    (tmp_path / "logits").mkdir()
+    for shard in range(12):
+        receipt_file(tmp_path, "logits", shard).write_bytes(to_json(good))
+        shard_file(tmp_path, "logits", shard).write_bytes(b"abc")
+    spoiled = (b"", b"{}", to_json(good)[:-9], to_json(good).replace(b'"rows": 1', b'"rows": 0'), b" " * 70_000)
+    for shard, data in enumerate(spoiled, start=1):
+        receipt_file(tmp_path, "logits", shard).write_bytes(data)
+    for shard in (6, 7, 8):
+        receipt_file(tmp_path, "logits", shard).unlink()
+    receipt_file(tmp_path, "logits", 7).symlink_to(receipt_file(tmp_path, "logits", 0))
+    os.mkfifo(receipt_file(tmp_path, "logits", 8))
+    shard_file(tmp_path, "logits", 9).write_bytes(b"ab")
+    shard_file(tmp_path, "logits", 10).unlink()
+    assert [read_receipt(tmp_path, "logits", shard) for shard in range(12)] == [good, *[None] * 8, good, good, good]
+    assert list(whole_receipts(tmp_path, "logits", range(12))) == [good, *[None] * 10, good]
+    alone = list(whole_receipts(tmp_path, "logits", [0, 8, 9, 10], receipts_alone=True))
+    assert alone == [good, None, good, good]
+    (tmp_path / "linked").symlink_to(tmp_path / "logits")
+    for field in ("linked", "none"):
+        assert list(whole_receipts(tmp_path, field, [0, 1])) == [None, None]
 
 
 def shards_of(folder: Path) -> dict[str, str]:

@@ -22,6 +22,9 @@ class Doubles:
             raise CacheError(f"refused {rest}")
         if word == "full":
             raise OSError(28, "No space left on device", "/somewhere")
+        if word == "sleep":
+            time.sleep(float(rest))
+            return -2
         if word == "once":  # dies the first time, and leaves a mark
             if Path(rest).exists():
                 return -1
@@ -37,6 +40,15 @@ def open_doubles() -> Doubles:
 
 def open_never() -> Doubles:
     os._exit(4)
+
+
+def open_first(mark: Path) -> Doubles:
+    """Only one process ever becomes a worker, as where all machines but one are broken."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        os._exit(4)
+    return Doubles()
 
 
 def open_elsewhere() -> Doubles:

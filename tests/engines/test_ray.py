@@ -9,10 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from softlabels.engines.ray_pool import OpenWorker, Report, Watch, run_items
 from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.teacher import load_teacher
 from softlabels.types import Example
-from tests.engines.pool_workers import open_doubles, open_elsewhere, open_never
+from tests.engines.pool_workers import open_doubles, open_elsewhere, open_first, open_never
 from tests.engines.test_devices import contents
 from tests.models import LABEL_NAMES, TEXTS, save_teacher
 from tests.processes import command, environment
@@ -126,6 +129,25 @@ def test_what_no_other_try_could_mend_ends_the_pool(room: Room) -> None:
     with pytest.raises(TeacherError, match=r"workers died one after another before they could work; the last one died"):
         pool(room, [1, 2, 3], open_never)
     assert pool(room, [4])[0] == {4: 8}  # and the cluster is none the worse
+
+
+@pytest.mark.slow
+@needs_ray
+def test_where_others_cannot_open_the_one_that_works_goes_on(room: Room, tmp_path: Path) -> None:
+    opener = partial(open_first, tmp_path / "mark")
+    results, report = pool(room, [1, "sleep 30", 2, 3], opener)
+    assert results == {1: 2, "sleep 30": -2, 2: 4, 3: 6} and not report.given_up
+    assert 6 <= len(report.lost) <= 8 and all(line.endswith("died before it could work") for line in report.lost)
+
+
+@needs_ray
+def test_what_is_given_up_is_told_at_once(room: Room) -> None:
+    """Not with the report, which a pool that ends early has none to give."""
+    told: list[str] = []
+    watch: Watch[Any] = Watch(str, lambda item, result: None, given_up=lambda one: told.append(one.reason))
+    with pytest.raises(TeacherError, match="3 failed one after another"):
+        run_items(iter([f"refuse {n}" for n in range(9)]), open_doubles, room=room, total=9, depth=3, watch=watch)
+    assert len(told) == 3 and all(reason.startswith("refused ") for reason in told)
 
 
 @needs_ray
@@ -305,6 +327,30 @@ def test_another_dump_takes_the_lease_of_workers_that_outlived_theirs(tmp_path: 
     for place in (folder, store):
         with pytest.raises(CacheError, match="another"):
             place.deliver(tmp_path, ["logits"], 0)
+
+
+def _take_scratch(places: int) -> int:
+    """How many folders were this process's own, and stayed."""
+    from softlabels.cache.delivery import StorePlace
+
+    whole = 0
+    for _ in range(places):
+        with StorePlace("file:///nowhere", "lease").scratch() as folder:
+            (folder / "shard").write_bytes(b"half")
+            whole += (folder / "shard").exists()
+        assert not folder.exists()
+    return whole
+
+
+def test_workers_that_start_together_leave_each_others_scratch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sweeps what dead ones left on its machine, while others make theirs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "softlabels-dump-dead").mkdir()
+    with ThreadPoolExecutor(8) as threads:  # to the locks as good as processes
+        assert list(threads.map(_take_scratch, [100] * 8)) == [100] * 8
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

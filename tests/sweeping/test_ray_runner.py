@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,10 @@ import pytest
 import torch
 
 from softlabels.cli import _guarded
-from softlabels.config import RayOptions
+from softlabels.config import CombineOptions, RayOptions
+from softlabels.engines.ray_cluster import Room
+from softlabels.sweeping.ray_runner import open_trainer
+from softlabels.sweeping.training import Setting
 from tests.engines.test_ray import needs_ray
 from tests.test_sweep import FIXED, cache, same, swept, table
 
@@ -75,6 +79,14 @@ def test_a_killed_worker_is_replaced(cache: Path, tmp_path: Path) -> None:
         over.set()
         thread.join()
     assert killed and len(result.trials) == 3 and not result.failed
+
+
+def test_without_a_share_of_a_gpu_a_trial_is_on_the_cpu(tmp_path: Path) -> None:
+    """Ray hides no GPU from an actor that was promised none."""
+    setting = Setting(tmp_path, (tmp_path / "cache",), CombineOptions())
+    wanted = {0.0: True, 0.5: False, 1.0: False}
+    assert {gpus: open_trainer(setting, Room(2, 2, 1.0, gpus)).setting.cpu for gpus in wanted} == wanted
+    assert open_trainer(replace(setting, cpu=True), Room(2, 2, 1.0, 1.0)).setting.cpu
 
 
 @pytest.mark.parametrize(

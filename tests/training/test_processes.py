@@ -92,6 +92,17 @@ def test_they_go_on_after_a_stop(together: Path) -> None:
         assert torch.equal(one[key], two[key]), key
 
 
+def test_gradients_of_unlike_parameters_are_added_by_place(together: Path) -> None:
+    for rank in (0, 1):
+        assert json.loads((together / f"sums-{rank}.json").read_text()) == [[1.0, 1.0], [2.0, 2.0], None]
+
+
+def test_when_one_ends_the_others_do_and_say_so(together: Path) -> None:
+    told = [(together / f"told-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "process 1 of 2 cannot go on: another one has ended" in told[0]
+    assert "checkpoint of epoch 1 can't be written" in told[1] and "No space left on device" in told[1]
+
+
 def test_the_command_under_accelerate(place: Path, tmp_path: Path) -> None:
     train = ["train-student", place / "cache", "--student", "bilstm", "--loss", "kl=1", "--epochs", "1", "--cpu"]
     done = launch(

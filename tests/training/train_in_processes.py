@@ -5,15 +5,24 @@ Run it:  torchrun --nproc_per_node 2 -m tests.training.train_in_processes PLACE 
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
 
 from softlabels import train
 from softlabels.cache import open_cache
 from softlabels.checkpoint import save_checkpoint
 from softlabels.config import StudentOptions
+from softlabels.errors import StudentError
 from softlabels.progress import quiet
+from softlabels.training.processes import find_processes
 
 # every student without dropout: its draws are each process's own
 CASES: dict[str, dict[str, Any]] = {
@@ -86,8 +95,38 @@ def stopped_and_resumed(name: str, place: Path, out: Path) -> None:
         train_case(name, place, out, resume=True)
 
 
+def add_uneven_gradients(out: Path) -> None:
+    """Of three parameters the first has a gradient in the first process alone, the second in the others, as with
+    LayerDrop; the third in none. What each process has of the sums goes into a file of its own."""
+    processes = find_processes(cpu=True)
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[min(processes.rank, 1)].grad = torch.full((2,), 1.0 + processes.rank)
+    processes.add_gradients(parameters)
+    sums = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+    (out / f"sums-{processes.rank}.json").write_text(json.dumps(sums))
+
+
+def end_in_one_process(place: Path, out: Path) -> None:
+    """The last process meets a full disk at its first checkpoint; what each was told goes into a file of its own."""
+    processes = find_processes(cpu=True)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if processes.rank == processes.count - 1:
+        setattr(Accelerator, "save_state", fail)  # noqa: B010
+    try:
+        train_case("rows", place, out / "ended")
+    except StudentError as error:
+        (out / f"told-{processes.rank}.txt").write_text(str(error))
+        sys.stdout.flush()
+        os._exit(0)  # as a process ends whose error was told
+
+
 if __name__ == "__main__":
     place, out = Path(sys.argv[1]), Path(sys.argv[2])
+    add_uneven_gradients(out)
     for case in CASES:
         train_case(case, place, out / case)
     stopped_and_resumed("layers", place, out / "resumed")
+    end_in_one_process(place, out)
