@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -169,12 +170,27 @@ class Place:
 
     # --------------------------------------------------------------------------------------------------- reading
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether all threads share one connection, so that many of them may ask at a time."""
+        return bool(getattr(self._shared, "async_impl", False))
+
     def read(self, name: str, *, limit: int) -> bytes:
         """The bytes of a small file; FileNotFoundError where it isn't there, CacheError beyond `limit` bytes."""
         data = self.call(lambda fs: fs.cat_file(self.path(name), start=0, end=limit + 1))
         if len(data) > limit:
             raise CacheError(f"{self.shown}/{name} has more than the {limit:,} bytes that it may have")
         return data
+
+    def get_file(self, name: str, file: Path, *, size: int) -> None:
+        """Bring a file of `size` bytes here, whole, where nothing says its hash; FileNotFoundError: it isn't there."""
+
+        def get(fs: Any) -> None:
+            fs.get_file(self.path(name), str(file))
+            if (found := file.stat().st_size) != size:  # a connection that ended early without a word
+                raise ConnectionError(f"{found} bytes of {name} came instead of {size}")
+
+        self.call(get)
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError where it isn't there."""
@@ -208,7 +224,7 @@ class Place:
         """ConfigError where nothing can be put."""
         if self.protocol in _READ_ONLY:
             raise ConfigError(
-                f"{self.shown} can only be read: {self.protocol} has no way to put files. Push to s3://, gs://, "
+                f"{self.shown} can only be read: {self.protocol} has no way to put files. Give s3://, gs://, "
                 f"hf://, sftp:// or a folder that the web server serves, or serve the cache's folder as it is: pull "
                 f"reads that too"
             )
@@ -233,7 +249,20 @@ class Place:
 
         self._put(name, put)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, where there is one."""
+        with suppress(FileNotFoundError):
+            self.call(lambda fs: fs.rm_file(self.path(name)))
+
     def _put(self, name: str, put: Callable[[Any, str], None]) -> None:
+        try:
+            self._put_whole(name, put)
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"{self.shown}: {name} can't be put there, for something is missing: {self.hide(error)}"
+            ) from None
+
+    def _put_whole(self, name: str, put: Callable[[Any, str], None]) -> None:
         if self.protocol in _ATOMIC:
             self.call(lambda fs: put(fs, self.path(name)))
             return
