@@ -13,9 +13,10 @@ from pathlib import Path
 
 import xxhash
 
-from softlabels.cache.build import derive_cache
+from softlabels.cache.build import derive_cache, refuse_another
 from softlabels.cache.combine import small_files, write_shards
 from softlabels.cache.concatenate import Piece, PieceWriter, cut_pieces
+from softlabels.cache.files import lock
 from softlabels.cache.format import EXAMPLES, Manifest, read_receipt
 from softlabels.cache.members import labelled_rows
 from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard, make_report
@@ -50,17 +51,20 @@ def pull_rows(
 ) -> PullReport:
     """Fetch rows `span[0]` to before `span[1]` of `fields` into the cache at `folder`; see `softlabels.cache.pull`."""
     wanted = Remote(remote.place, some_fields(remote.manifest, fields), remote.named)
-    drafts = folder.resolve().with_name(f".tmp-pull-{folder.resolve().name}")  # whole shards, until they are cut
-    store = open_store(wanted, folder=drafts)
-    source = Cache(drafts, wanted.manifest, store)
     _refuse_int8(wanted.manifest, span[0])
-    fetched = _fetch(source, store, span, threads=threads)
-    manifest = _manifest(source, span)
-    with derive_cache(folder, manifest, source=drafts, files=small_files(source)) as build:
-        pieces = _Rows(source, manifest, span)
-        write_shards(build, PieceWriter(pieces, build, counts=_counts(source, span)).write, description="cut")
-        final = build.finish()
-    shutil.rmtree(drafts)
+    refuse_another(folder, _planned(wanted.manifest, span))  # before anything is fetched
+    drafts = folder.resolve().with_name(f".tmp-pull-{folder.resolve().name}")  # whole shards, until they are cut
+    drafts.mkdir(parents=True, exist_ok=True)
+    with lock(drafts):  # another pull of the same rows would have them removed under its hands
+        store = open_store(wanted, folder=drafts)
+        source = Cache(drafts, wanted.manifest, store)
+        fetched = _fetch(source, store, span, threads=threads)
+        manifest = _manifest(source, span)
+        with derive_cache(folder, manifest, source=drafts, files=small_files(source)) as build:
+            pieces = _Rows(source, manifest, span)
+            write_shards(build, PieceWriter(pieces, build, counts=_counts(source, span)).write, description="cut")
+            final = build.finish()
+        shutil.rmtree(drafts)
     return make_report(remote, folder, final, fetched, started=started)
 
 
@@ -94,22 +98,27 @@ def _fetch(source: Cache, store: ShardStore, span: tuple[int, int], *, threads: 
 
 def _manifest(source: Cache, span: tuple[int, int]) -> Manifest:
     """The manifest of the rows, before the first shard."""
-    card, task = source.manifest.corpus, source.manifest.teacher.task
-    labelled = 0
+    planned, task, labelled = _planned(source.manifest, span), source.manifest.teacher.task, 0
     for piece in cut_pieces(source, *span):
         table = source.table(EXAMPLES, piece.shard)
         rows = count_targets(table) > 0 if task in TOKEN_LABELS else labelled_rows(table, task)
         labelled += int(rows[piece.start : piece.stop].sum())
+    return planned.model_copy(update={"corpus": planned.corpus.model_copy(update={"labelled": labelled})})
+
+
+def _planned(manifest: Manifest, span: tuple[int, int]) -> Manifest:
+    """The manifest of the rows as far as it is known before any of them is here: how many are labelled is not."""
+    card = manifest.corpus
     corpus = card.model_copy(
         update={
             "source": f"{card.source}[{span[0]}:{span[1]}]",
             "hash": xxhash.xxh3_128(f"{card.hash}\n{span[0]}:{span[1]}".encode()).hexdigest(),
             "rows": span[1] - span[0],
-            "labelled": labelled,
+            "labelled": 0,
             "truncated": 0,
         }
     )
-    return source.manifest.model_copy(update={"corpus": corpus, **UNFINISHED})
+    return manifest.model_copy(update={"corpus": corpus, **UNFINISHED})
 
 
 def _counts(source: Cache, span: tuple[int, int]) -> dict[tuple[Path, str], dict[int, int]]:
