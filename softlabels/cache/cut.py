@@ -51,8 +51,7 @@ def pull_rows(
 ) -> PullReport:
     """Fetch rows `span[0]` to before `span[1]` of `fields` into the cache at `folder`; see `softlabels.cache.pull`."""
     wanted = Remote(remote.place, some_fields(remote.manifest, fields), remote.named)
-    _refuse_int8(wanted.manifest, span[0])
-    refuse_another(folder, _planned(wanted.manifest, span))  # before anything is fetched
+    refuse_rows(wanted.manifest, folder, span)  # before anything is fetched
     drafts = folder.resolve().with_name(f".tmp-pull-{folder.resolve().name}")  # whole shards, until they are cut
     drafts.mkdir(parents=True, exist_ok=True)
     with lock(drafts):  # another pull of the same rows would have them removed under its hands
@@ -66,6 +65,12 @@ def pull_rows(
             final = build.finish()
         shutil.rmtree(drafts)
     return make_report(remote, folder, final, fetched, started=started)
+
+
+def refuse_rows(manifest: Manifest, folder: Path, span: tuple[int, int]) -> None:
+    """ConfigError where the rows of a cache can't be cut so, CacheError where `folder` holds something else."""
+    _refuse_int8(manifest, span[0])
+    refuse_another(folder, _planned(manifest, span))
 
 
 def _refuse_int8(manifest: Manifest, first: int) -> None:

@@ -125,13 +125,15 @@ def plan_pull(
     folder = Path(folder)
     remote = open_remote(url)
     chosen = choose_fields(remote.manifest, fields, layers, where=f"the cache at {remote.place.shown}")
-    shards = range(len(remote.manifest.shard_rows))
+    shards, whole = range(len(remote.manifest.shard_rows)), True
     if rows is not None:
-        from softlabels.cache.cut import check_rows, shards_of
+        from softlabels.cache.cut import check_rows, refuse_rows, shards_of
 
         span = check_rows(rows, remote.manifest.corpus.rows, where=remote.place.shown)
+        whole = span == (0, remote.manifest.corpus.rows)
+        if not whole:
+            refuse_rows(some_fields(remote.manifest, chosen), folder, span)
         shards = shards_of(remote.manifest, span)
-    whole = len(shards) == len(remote.manifest.shard_rows)
     wanted = _wanted(folder, remote, chosen) if whole and folder.is_dir() else some_fields(remote.manifest, chosen)
     names = [EXAMPLES, *(name for name in sorted(wanted.fields) if name in remote.manifest.fields)]
     files, there, missing, travels = len(names) * len(shards), 0, 0, 0

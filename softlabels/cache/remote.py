@@ -209,14 +209,12 @@ class Remote:
     def small_files(self, cards: Sequence[FieldCard | None]) -> dict[str, tuple[str, str]]:
         """Of each small file of the cache, where it lies and its hash."""
         if not self.named:
-            try:
-                raw = self.place.read(RECEIPT, limit=SETTINGS_LIMIT)
-            except FileNotFoundError:
+            files = _read_folder_receipt(self.place)
+            if files is None:
                 raise CacheError(
                     f"{self.place.shown} has no {RECEIPT}, which names the files of its tokenizer: copy the whole "
                     f"cache there, or use `softlabels push`"
-                ) from None
-            files = dict(parse_folder_receipt(raw, f"{self.place.shown}/{RECEIPT}").files)
+                )
             files.pop(MANIFEST, None)
             return {name: (name, value) for name, value in checked_files(files, self.place.shown).items()}
         found: dict[str, tuple[str, str]] = {}
@@ -285,7 +283,7 @@ def checked_files(files: dict[str, str], where: str) -> dict[str, str]:
 
 
 def open_remote(url: str) -> Remote:
-    """The whole cache at `url`; CacheError where there is none. Costs two small files."""
+    """The whole cache at `url`; CacheError where there is none. Costs two or three small files."""
     place = Place(url)
     manifest = read_remote_manifest(place)
     if manifest is None:
@@ -295,8 +293,27 @@ def open_remote(url: str) -> Remote:
     try:
         read_card(place, manifest, EXAMPLES)
     except FileNotFoundError:
+        _check_manifest(place, manifest)
         return Remote(place, manifest, named=False)
     return Remote(place, manifest, named=True)
+
+
+def _read_folder_receipt(place: Place) -> dict[str, str] | None:
+    """Path inside the cache → xxh3-128, as receipt.json of a cache's folder says; None where it is not there."""
+    try:
+        raw = place.read(RECEIPT, limit=SETTINGS_LIMIT)
+    except FileNotFoundError:
+        return None
+    return dict(parse_folder_receipt(raw, f"{place.shown}/{RECEIPT}").files)
+
+
+def _check_manifest(place: Place, manifest: Manifest) -> None:
+    """CacheError where the manifest of a cache's folder is not the one that was written: a pull would vouch for it."""
+    files = _read_folder_receipt(place)
+    if files is not None and files.get(MANIFEST) != xxhash.xxh3_128(to_json(manifest)).hexdigest():
+        raise CacheError(
+            f"{place.shown}/{MANIFEST} is not the one that {RECEIPT} beside it speaks of: have the cache copied again"
+        )
 
 
 def read_remote_manifest(place: Place) -> Manifest | None:

@@ -88,8 +88,10 @@ def in_parallel(act: Callable[[T], R], tasks: Sequence[T], traffic: Traffic, *, 
                 done.put((None, error))
                 return
 
-    workers = [threading.Thread(target=work, name=f"softlabels-transfer-{n}", daemon=True) for n in range(threads)]
-    workers = workers[: max(1, min(threads, len(tasks)))]
+    workers = [
+        threading.Thread(target=work, name=f"softlabels-transfer-{n}", daemon=True) for n in range(max(threads, 1))
+    ]
+    workers = workers[: max(1, len(tasks))]
     for worker in workers:
         worker.start()
     try:

@@ -272,6 +272,8 @@ def test_rows_that_have_no_place_are_refused_before_they_travel(cache: Path, tmp
     for folder, words in (("other", r"corpus\.rows was 50"), ("thesis", "not empty and no cache")):
         with pytest.raises(CacheError, match=words):
             pull(f"file://{tmp_path}/there", tmp_path / folder, rows=(0, 20))
+        with pytest.raises(CacheError, match=words):
+            plan_pull(f"file://{tmp_path}/there", tmp_path / folder, rows=(0, 20))
     assert not list(tmp_path.glob(".tmp-*"))
     drafts = tmp_path / ".tmp-pull-part"  # another pull of the same rows is at work there
     drafts.mkdir()
@@ -280,6 +282,9 @@ def test_rows_that_have_no_place_are_refused_before_they_travel(cache: Path, tmp
     pull(f"file://{tmp_path}/there", tmp_path / "part", rows=(0, 20))
     assert not drafts.exists()
     assert_whole(tmp_path / "part")
+    url, almost = f"file://{tmp_path}/there", (0, 59)  # in all shards, and yet not all rows
+    pull(url, tmp_path / "almost", fields=["logits"], rows=almost)
+    assert plan_pull(url, tmp_path / "almost", fields=["logits"], rows=almost).fetch_files == 12
 
 
 def test_rows_travel_by_the_shards_they_lie_in(cache: Path, counted: tuple[str, Proxy], tmp_path: Path):
@@ -444,6 +449,20 @@ def test_small_files_and_cards_that_are_damaged_are_mended_too(cache: Path, tmp_
             push(cache, url, fields=["hidden.06"])
         push(cache, url, fields=["hidden.06"], check=True)
         assert contents(there) == whole
+
+
+def test_a_manifest_that_changed_in_a_folder_that_is_served_is_told(cache: Path, tmp_path: Path):
+    """A pull wrote a receipt of what it had found, and verify called it whole."""
+    make_cache(tmp_path / "there")
+    path = tmp_path / "there" / "manifest.json"
+    path.write_text(path.read_text().replace('["no", "yes"]', '["yes", "no"]'))
+    with pytest.raises(CacheError, match=r"manifest.json is not the one that receipt.json beside it speaks of"):
+        pull(f"file://{tmp_path}/there", tmp_path / "back")
+
+
+def test_no_threads_are_one(cache: Path, tmp_path: Path):
+    push(cache, f"file://{tmp_path}/there", fields=["logits"], threads=0)
+    assert pull(f"file://{tmp_path}/there", tmp_path / "back", threads=0).fields == ["logits"]
 
 
 def test_receipts_that_say_another_thing_are_written_again(cache: Path, tmp_path: Path):
