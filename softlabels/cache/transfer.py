@@ -28,6 +28,7 @@ THREADS = 8  # files at a time
 _LEAST, _FIRST, _MOST = 1 << 18, 1 << 22, 1 << 25  # bytes asked for at a time
 _SECONDS = 2.0  # that one request is meant to take: so much is lost where a connection breaks
 _HASHED = 1 << 20
+_FAREWELL = 10.0  # seconds that the others have to end, all together, once one has failed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,8 +103,9 @@ def in_parallel(act: Callable[[T], R], tasks: Sequence[T], traffic: Traffic, *, 
             yield result  # type: ignore[misc]
     except Exception:
         traffic.stopped.set()
+        until = time.monotonic() + _FAREWELL
         for worker in workers:  # what they still write is not to meet what is done about the error
-            worker.join(timeout=10)
+            worker.join(timeout=max(until - time.monotonic(), 0))
         raise
     finally:
         traffic.stopped.set()

@@ -305,8 +305,13 @@ class Place:
         draft = self.path(f"{folder}/{TEMPORARY}{mark}-{file}" if folder else f"{TEMPORARY}{mark}-{file}")
 
         def act(fs: Any) -> None:
-            put(fs, draft)
-            fs.mv(draft, self.path(name))
+            try:
+                put(fs, draft)
+                fs.mv(draft, self.path(name))
+            except Exception:
+                with suppress(Exception):  # on a full disk it would be in the way
+                    fs.rm_file(draft)
+                raise
 
         self.call(act)
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from softlabels.cache import open_cache, transfer, urls
 from softlabels.cache.files import lock
@@ -458,6 +460,35 @@ def test_a_manifest_that_changed_in_a_folder_that_is_served_is_told(cache: Path,
     path.write_text(path.read_text().replace('["no", "yes"]', '["yes", "no"]'))
     with pytest.raises(CacheError, match=r"manifest.json is not the one that receipt.json beside it speaks of"):
         pull(f"file://{tmp_path}/there", tmp_path / "back")
+
+
+def test_what_fails_leaves_no_half_there(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a full disk each try left its own."""
+
+    def half(self: LocalFileSystem, source: str, target: str, **more: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise PermissionError("no more than your quota")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", half)
+    with pytest.raises(CacheError, match="no more than your quota"):
+        push(cache, f"file://{tmp_path}/there")
+    assert contents(tmp_path / "there") == {}
+
+
+def test_an_error_does_not_wait_for_each_of_the_others(monkeypatch: pytest.MonkeyPatch):
+    release = threading.Event()
+
+    def act(number: int) -> None:
+        if number == 0:
+            raise ValueError("the first one")
+        release.wait(60)
+
+    monkeypatch.setattr(transfer, "_FAREWELL", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the first one"):
+        list(transfer.in_parallel(act, range(8), transfer.Traffic()))
+    assert time.monotonic() - began < 3
+    release.set()
 
 
 def test_no_threads_are_one(cache: Path, tmp_path: Path):
