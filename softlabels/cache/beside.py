@@ -12,16 +12,16 @@ from pydantic import ValidationError
 
 from softlabels.cache.card import MARK, write_card
 from softlabels.cache.files import write_file
-from softlabels.cache.format import MANIFEST, Manifest, to_json
+from softlabels.cache.format import MANIFEST, MANIFEST_LIMIT, Manifest, to_json
 from softlabels.cache.inside import read_inside
 from softlabels.cache.licence import FACTS, CardFacts, read_facts
 from softlabels.cache.remote import Remote, folder_of
-from softlabels.cache.signing import SIGNATURE, SUMS
+from softlabels.cache.signing import SIGNATURE, SUMS, is_of
 from softlabels.cache.urls import Place
 from softlabels.errors import CacheError
 
 CARD = "README.md"
-_LIMIT = 1 << 24  # bytes of any of these files
+_LIMIT = 1 << 24  # bytes of any of these files but a list of all others, which is as long as a manifest
 
 
 def put_beside(folder: Path, place: Place, manifest: Manifest) -> None:
@@ -36,36 +36,51 @@ def put_beside(folder: Path, place: Place, manifest: Manifest) -> None:
         )
         place.put_bytes(CARD, text.encode())
     names = [FACTS]
-    if _here(folder, MANIFEST) == to_json(manifest):
+    data, sums = to_json(manifest), _here(folder, SUMS)
+    if sums is not None and _here(folder, MANIFEST) == data and is_of(sums, data):
         names += [SUMS, SIGNATURE]
     for name in names:
-        if (data := _here(folder, name)) is not None:
-            place.put_bytes(name, data)
+        if (said := _here(folder, name)) is not None:
+            place.put_bytes(name, said)
 
 
 def fetch_beside(remote: Remote, folder: Path, manifest: Manifest) -> None:
-    """Fetch the licences, and of a cache with all fields the signature, where there are any and none are here."""
+    """Fetch the licences, where there are any and none are here; and the signature, where all fields are here.
+
+    A signature that is here already stays if it is of this manifest: not one of before fields were added.
+    """
     facts = None if _here(folder, FACTS) is not None else _there(remote.place, FACTS)
     if facts is not None:
         try:
             write_file(folder / FACTS, to_json(CardFacts.model_validate_json(facts)))
         except ValidationError:
             raise CacheError(f"{remote.place.shown}/{FACTS} is damaged: have the cache pushed again") from None
-    if to_json(manifest) == to_json(remote.manifest):
-        for name in (SUMS, SIGNATURE):
-            if _here(folder, name) is None and (data := _there(remote.place, name)) is not None:
-                write_file(folder / name, data)
+    data = to_json(manifest)
+    if data != to_json(remote.manifest):
+        return
+    sums, signature = _here(folder, SUMS), _here(folder, SIGNATURE)
+    if sums is not None and signature is not None and is_of(sums, data):
+        return
+    sums, signature = _there(remote.place, SUMS), _there(remote.place, SIGNATURE)
+    if sums is not None and signature is not None:
+        (folder / SIGNATURE).unlink(missing_ok=True)  # at no moment it speaks of another list
+        write_file(folder / SUMS, sums)
+        write_file(folder / SIGNATURE, signature)
 
 
 def _here(folder: Path, name: str) -> bytes | None:
     try:
-        return read_inside(folder, name, limit=_LIMIT)
+        return read_inside(folder, name, limit=_limit(name))
     except FileNotFoundError:
         return None
 
 
 def _there(place: Place, name: str) -> bytes | None:
     try:
-        return place.read(name, limit=_LIMIT)
+        return place.read(name, limit=_limit(name))
     except FileNotFoundError:
         return None
+
+
+def _limit(name: str) -> int:
+    return MANIFEST_LIMIT if name in (MANIFEST, SUMS) else _LIMIT

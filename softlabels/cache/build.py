@@ -393,6 +393,15 @@ def _begun(build: CacheBuild, save: Callable[[], None]) -> CacheBuild:
     return replace(build, manifest=manifest)
 
 
+def refuse_another(folder: Path, manifest: Manifest) -> None:
+    """CacheError where `folder` holds what a cache of `manifest` can't be begun or gone on with in; nothing is made."""
+    if folder.is_dir():
+        _refuse_links(folder)
+        previous = _previous(folder)
+        if previous is not None:
+            _refuse_differences(folder, previous, manifest)
+
+
 def _refuse_links(folder: Path) -> None:
     """A link in someone else's cache could have the dump write, and its sweep remove, in any folder of this machine."""
     for path in folder.iterdir():

@@ -16,6 +16,7 @@ from typing import Any
 from softlabels.cache.format import EXAMPLES, VERSION, FieldSpec, Manifest
 from softlabels.cache.info import clipped_values, personal_data
 from softlabels.cache.licence import HUB_LICENCES, CardFacts
+from softlabels.cache.urls import split_credentials
 from softlabels.errors import CacheError
 
 MARK = "<!-- made by `softlabels card`; what is changed here is lost when it is made again -->"
@@ -218,15 +219,16 @@ def _format(manifest: Manifest) -> str:
 
 def public_name(text: str) -> str:
     """A source's or teacher's name without the folders of a machine, and a URL without its credentials."""
-    text = one_line(text)
+    return one_line(_public(_printable(text)))  # cut last: a credential must not lose the @ that tells it
+
+
+def _public(text: str) -> str:
     if " + " in text:  # of several
-        return " + ".join(dict.fromkeys(public_name(part) for part in text.split(" + ")))
-    scheme, mark, rest = text.partition("://")
-    if mark:
-        before, _, after = rest.rpartition("@")
-        secret = ":" in before and scheme != "hf"  # hf://…@ names a revision; others' passwords may hold a slash
-        rest = after if secret else rest
-        return f"{scheme}://{re.split('[?#]', rest)[0]}"  # what follows a ? may be a signature
+        return " + ".join(dict.fromkeys(_public(part) for part in text.split(" + ")))
+    if "://" in text:
+        scheme, name, rest = split_credentials(text)
+        user = f"{name}@" if name is not None and ":" not in name and scheme in ("sftp", "ssh") else ""
+        return f"{scheme}://{user}{re.split('[?#]', rest)[0]}"  # what follows a ? may be a signature
     path = PurePosixPath(text.replace("\\", "/"))
     private = text.startswith(("/", "~", "\\")) or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", text)
     return (path.name or "a folder") if private else text
@@ -234,9 +236,13 @@ def public_name(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Printable, on one line, and not endless."""
-    text = "".join(sign if sign.isprintable() else " " for sign in text)  # also what turns the direction of writing
-    text = " ".join(text.split())
+    text = _printable(text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    text = "".join(sign if sign.isprintable() else " " for sign in text)  # also what turns the direction of writing
+    return " ".join(text.split())
 
 
 def code(text: str) -> str:

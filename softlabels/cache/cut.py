@@ -13,9 +13,10 @@ from pathlib import Path
 
 import xxhash
 
-from softlabels.cache.build import derive_cache
+from softlabels.cache.build import derive_cache, refuse_another
 from softlabels.cache.combine import small_files, write_shards
 from softlabels.cache.concatenate import Piece, PieceWriter, cut_pieces
+from softlabels.cache.files import lock
 from softlabels.cache.format import EXAMPLES, MANIFEST, Manifest, read_manifest, read_receipt
 from softlabels.cache.members import labelled_rows
 from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard, make_report
@@ -50,31 +51,39 @@ def pull_rows(
     remote: Remote, folder: Path, fields: Sequence[str], span: tuple[int, int], *, threads: int, started: float
 ) -> PullReport:
     """Fetch rows `span[0]` to before `span[1]` of `fields` into the cache at `folder`; see `softlabels.cache.pull`."""
-    _refuse_other_rows(folder, remote, span)
     wanted = Remote(remote.place, some_fields(remote.manifest, fields), remote.named)
+    refuse_rows(wanted.manifest, folder, span)  # before anything is fetched
     drafts = folder.resolve().with_name(f".tmp-pull-{folder.resolve().name}")  # whole shards, until they are cut
-    store = open_store(wanted, folder=drafts)
-    source = Cache(drafts, wanted.manifest, store)
-    _refuse_int8(wanted.manifest, span[0])
-    fetched = _fetch(source, store, span, threads=threads)
-    manifest = _manifest(source, span)
-    with derive_cache(folder, manifest, source=drafts, files=small_files(source)) as build:
-        pieces = _Rows(source, manifest, span)
-        write_shards(build, PieceWriter(pieces, build, counts=_counts(source, span)).write, description="cut")
-        final = build.finish()
-    shutil.rmtree(drafts)
+    drafts.mkdir(parents=True, exist_ok=True)
+    with lock(drafts):  # another pull of the same rows would have them removed under its hands
+        store = open_store(wanted, folder=drafts)
+        source = Cache(drafts, wanted.manifest, store)
+        fetched = _fetch(source, store, span, threads=threads)
+        manifest = _manifest(source, span)
+        with derive_cache(folder, manifest, source=drafts, files=small_files(source)) as build:
+            pieces = _Rows(source, manifest, span)
+            write_shards(build, PieceWriter(pieces, build, counts=_counts(source, span)).write, description="cut")
+            final = build.finish()
+        shutil.rmtree(drafts)
     return make_report(remote, folder, final, fetched, started=started)
 
 
-def _refuse_other_rows(folder: Path, remote: Remote, span: tuple[int, int]) -> None:
-    """CacheError, before anything travels, where the folder holds other rows, or another cache."""
+def refuse_rows(manifest: Manifest, folder: Path, span: tuple[int, int]) -> None:
+    """ConfigError where the rows of a cache can't be cut so, CacheError where `folder` holds something else."""
+    _refuse_int8(manifest, span[0])
+    _refuse_other_rows(manifest, folder, span)
+    refuse_another(folder, _planned(manifest, span))
+
+
+def _refuse_other_rows(manifest: Manifest, folder: Path, span: tuple[int, int]) -> None:
+    """CacheError, in plainer words than those of `refuse_another`, where the folder holds other rows."""
     if not (folder / MANIFEST).is_file():
         return
-    held, wanted = read_manifest(folder).corpus, _rows_hash(remote.manifest, span)
-    if held.hash != wanted:
+    held = read_manifest(folder).corpus
+    if held.hash != _rows_hash(manifest, span):
         raise CacheError(
-            f"{folder} holds {held.source}, and rows {span[0]}:{span[1]} of {remote.place.shown} are others: a folder "
-            f"holds one range of rows, to which later pulls add fields. Choose another folder"
+            f"{folder} holds {held.source}, and rows {span[0]}:{span[1]} of {manifest.corpus.source} are others: a "
+            f"folder holds one range of rows, to which later pulls add fields. Choose another folder"
         )
 
 
@@ -112,22 +121,27 @@ def _fetch(source: Cache, store: ShardStore, span: tuple[int, int], *, threads: 
 
 def _manifest(source: Cache, span: tuple[int, int]) -> Manifest:
     """The manifest of the rows, before the first shard."""
-    card, task = source.manifest.corpus, source.manifest.teacher.task
-    labelled = 0
+    planned, task, labelled = _planned(source.manifest, span), source.manifest.teacher.task, 0
     for piece in cut_pieces(source, *span):
         table = source.table(EXAMPLES, piece.shard)
         rows = count_targets(table) > 0 if task in TOKEN_LABELS else labelled_rows(table, task)
         labelled += int(rows[piece.start : piece.stop].sum())
+    return planned.model_copy(update={"corpus": planned.corpus.model_copy(update={"labelled": labelled})})
+
+
+def _planned(manifest: Manifest, span: tuple[int, int]) -> Manifest:
+    """The manifest of the rows as far as it is known before any of them is here: how many are labelled is not."""
+    card = manifest.corpus
     corpus = card.model_copy(
         update={
             "source": f"{card.source}[{span[0]}:{span[1]}]",
-            "hash": _rows_hash(source.manifest, span),
+            "hash": _rows_hash(manifest, span),
             "rows": span[1] - span[0],
-            "labelled": labelled,
+            "labelled": 0,
             "truncated": 0,
         }
     )
-    return source.manifest.model_copy(update={"corpus": corpus, **UNFINISHED})
+    return manifest.model_copy(update={"corpus": corpus, **UNFINISHED})
 
 
 def _counts(source: Cache, span: tuple[int, int]) -> dict[tuple[Path, str], dict[int, int]]:

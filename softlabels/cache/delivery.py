@@ -16,13 +16,15 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from softlabels.cache.files import lock, sync_folder
 from softlabels.cache.format import TEMPORARY, receipt_file, shard_file
-from softlabels.cache.urls import hide, redact
-from softlabels.errors import CacheError, ConfigError
+from softlabels.cache.urls import Place as UrlPlace
+from softlabels.cache.urls import redact
+from softlabels.errors import CacheError
 
 LEASE = f"{TEMPORARY}lease-"
 _SCRATCH = "softlabels-dump-"  # in the system's temporary folder
@@ -105,25 +107,29 @@ class StorePlace:
     url: str
     lease: str
 
+    @property
+    def place(self) -> UrlPlace:
+        """The store as this process reaches it; errors as `softlabels.cache.urls` tells them."""
+        return _open_place(self.url)
+
     def begin(self) -> None:
         """Let workers write; those of any other dump no longer."""
-        fs, root = open_store(self.url)
-        for path in fs.glob(f"{root}/{LEASE}*"):
-            fs.rm_file(path)
-        fs.pipe_file(f"{root}/{self.lease}", b"\n")
+        for name in self.place.list(""):
+            if name.startswith(LEASE):
+                self.place.remove(name)
+        self.place.put_bytes(self.lease, b"\n")
 
     def end(self) -> None:
         """Take the lease back."""
-        fs, root = open_store(self.url)
-        with suppress(FileNotFoundError):
-            fs.rm_file(f"{root}/{self.lease}")
+        self.place.remove(self.lease)
 
     def check(self) -> None:
-        fs, root = open_store(self.url)
-        if not fs.exists(f"{root}/{self.lease}"):
+        try:
+            self.place.size(self.lease)
+        except FileNotFoundError:
             raise CacheError(
                 f"{redact(self.url)} is another place here than where the dump was started, or another has begun"
-            )
+            ) from None
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -133,31 +139,22 @@ class StorePlace:
 
     def deliver(self, scratch: Path, fields: Sequence[str], shard: int) -> dict[str, bytes]:
         self.check()
-        fs, root = open_store(self.url)
         receipts = {}
         for field in fields:
             data, receipt = shard_file(scratch, field, shard), receipt_file(scratch, field, shard)
             receipts[field] = receipt.read_bytes()
-            fs.makedirs(f"{root}/{field}", exist_ok=True)  # nothing where there are only objects
-            fs.put_file(str(data), f"{root}/{field}/{data.name}")
-            fs.pipe_file(f"{root}/{field}/{receipt.name}", receipts[field])
+            self.place.make_folder(field)
+            self.place.put_file(data, f"{field}/{data.name}", tell=lambda count: None)
+            self.place.put_bytes(f"{field}/{receipt.name}", receipts[field])
             data.unlink()
             receipt.unlink()
         return receipts
 
 
-def open_store(url: str) -> tuple[Any, str]:
-    """fsspec's file system for `url`, and the path in it; ConfigError where nothing is known to open it.
-
-    What others do there is seen at once: listings aren't kept.
-    """
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{redact(url)}: {hide(str(error), url)}") from None
-    return fs, root.rstrip("/")
+@lru_cache(maxsize=8)
+def _open_place(url: str) -> UrlPlace:
+    """One for all calls of a process: it connects, and learns how the way is, once."""
+    return UrlPlace(url)
 
 
 def _make_scratch(held: ExitStack) -> Path:

@@ -151,6 +151,7 @@ RECEIPT = "receipt.json"
 MANIFEST_LIMIT, RECEIPT_LIMIT, SETTINGS_LIMIT = 1 << 28, 1 << 16, 1 << 24  # bytes
 _MOST_VALUES = 2_000_000  # in one JSON file
 _SIZE = 12  # hex characters of a file's size in a shard table
+_NOTHING = "0" * _SIZE
 Hex128 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]
@@ -234,6 +235,8 @@ class ShardTable(_Part):
         count, rest = divmod(len(self.sizes), _SIZE)
         if rest or len(self.xxh3_128) != 32 * count or not (is_hex(self.sizes) and is_hex(self.xxh3_128)):
             raise ValueError("a shard table needs 12 hex characters of size and 32 hex characters of hash a shard")
+        if _NOTHING in self.sizes and any(self.size(shard) == 0 for shard in range(count)):
+            raise ValueError("a shard has no bytes")
         return self
 
     @classmethod

@@ -18,15 +18,16 @@ from softlabels.cache.format import (
     EXAMPLES,
     MANIFEST,
     RECEIPT,
-    RECEIPT_LIMIT,
     TEMPORARY,
     Manifest,
+    Receipt,
     read_manifest,
+    read_receipt,
     receipt_file,
     shard_file,
     to_json,
 )
-from softlabels.cache.inside import open_inside, read_inside
+from softlabels.cache.inside import open_inside
 from softlabels.cache.quick import wrong_sizes
 from softlabels.cache.remote import (
     FieldCard,
@@ -124,13 +125,15 @@ def plan_pull(
     folder = Path(folder)
     remote = open_remote(url)
     chosen = choose_fields(remote.manifest, fields, layers, where=f"the cache at {remote.place.shown}")
-    shards = range(len(remote.manifest.shard_rows))
+    shards, whole = range(len(remote.manifest.shard_rows)), True
     if rows is not None:
-        from softlabels.cache.cut import check_rows, shards_of
+        from softlabels.cache.cut import check_rows, refuse_rows, shards_of
 
         span = check_rows(rows, remote.manifest.corpus.rows, where=remote.place.shown)
+        whole = span == (0, remote.manifest.corpus.rows)
+        if not whole:
+            refuse_rows(some_fields(remote.manifest, chosen), folder, span)
         shards = shards_of(remote.manifest, span)
-    whole = len(shards) == len(remote.manifest.shard_rows)
     wanted = _wanted(folder, remote, chosen) if whole and folder.is_dir() else some_fields(remote.manifest, chosen)
     names = [EXAMPLES, *(name for name in sorted(wanted.fields) if name in remote.manifest.fields)]
     files, there, missing, travels = len(names) * len(shards), 0, 0, 0
@@ -276,7 +279,7 @@ def _size_there(remote: Remote, name: str) -> int:
 def fetch_shard(remote: Remote, folder: Path, name: str, shard: int, card: FieldCard | None, traffic: Traffic) -> int:
     """Fetch a shard and write its receipt; the bytes that came, or what was there, below 0."""
     size, wanted = remote.manifest.shards[name].size(shard), remote.manifest.shards[name].hash(shard)
-    receipt = to_json(remote.receipt(name, shard, card))
+    receipt = remote.receipt(name, shard, card)
     here = receipt_file(folder, name, shard)
     if _hash_inside(folder, name, shard_file_name(shard)) == wanted:
         traffic.skip(size)
@@ -287,16 +290,16 @@ def fetch_shard(remote: Remote, folder: Path, name: str, shard: int, card: Field
         download(remote.place, file, shard_file(folder, name, shard), traffic=traffic)
         traffic.skip(size - file.size)
         came = file.size
-    if came > 0 or _receipt_inside(folder, name, here.name) is None:
-        write_file(here, receipt)
+    if came > 0 or not _says(read_receipt(folder, name, shard), receipt):
+        write_file(here, to_json(receipt))
     return came
 
 
-def _receipt_inside(folder: Path, name: str, file: str) -> bytes | None:
-    try:
-        return read_inside(folder, name, file, limit=RECEIPT_LIMIT)
-    except FileNotFoundError:
-        return None
+def _says(here: Receipt | None, receipt: Receipt) -> bool:
+    """Whether a receipt says of a shard what it should; what it counts may be more exact here than there."""
+    return here is not None and receipt == here.model_copy(
+        update={"truncated": receipt.truncated, "clipped": receipt.clipped}
+    )
 
 
 def _hash_inside(folder: Path, *names: str) -> str | None:

@@ -29,9 +29,11 @@ from softlabels.cache.planes import STRIDES, pack_file
 from softlabels.cache.remote import (
     CARD,
     PACKED,
+    DamagedCard,
     FieldCard,
     Remote,
     base_of,
+    checked_files,
     choose_fields,
     folder_of,
     packed_name,
@@ -44,7 +46,7 @@ from softlabels.cache.remote import (
     some_fields,
 )
 from softlabels.cache.settings import settings_hashes
-from softlabels.cache.transfer import THREADS, Traffic, download, in_parallel
+from softlabels.cache.transfer import THREADS, RemoteFile, Traffic, download, in_parallel
 from softlabels.cache.urls import Place
 from softlabels.errors import CacheError
 from softlabels.progress import progress
@@ -133,6 +135,8 @@ def _refuse_occupied(place: Place, mine: Manifest) -> None:
     refuse_another(mine, there, where=place.shown, remedy="Push to another URL, or remove what is there")
     try:
         read_card(place, there, EXAMPLES)
+    except DamagedCard:
+        pass  # a push put it there
     except FileNotFoundError:
         raise CacheError(
             f"{place.shown} holds a cache's folder that was copied there as it is: it can be pulled, but nothing is "
@@ -148,7 +152,7 @@ class _Push:
     ) -> None:
         self.folder, self.manifest, self.place, self.traffic = folder, manifest, place, traffic
         self.threads, self.check = threads, check
-        self.small = _small_hashes(folder)
+        self.small = checked_files(_small_hashes(folder), str(folder))
         self.files = self.there_bytes = 0
         self.fields = [self._look(name) for name in (EXAMPLES, *manifest.fields)]
 
@@ -158,7 +162,11 @@ class _Push:
         try:
             return _Shards(name, folder, read_card(self.place, self.manifest, name), {})
         except FileNotFoundError:
-            return _Shards(name, folder, None, self.place.list(folder))
+            pass
+        except DamagedCard:
+            if not self.check:
+                raise
+        return _Shards(name, folder, None, self.place.list(folder))
 
     # -------------------------------------------------------------------------------------------- small files
 
@@ -171,7 +179,11 @@ class _Push:
             self.place.make_folder(part)
             for name in names:
                 file = self.folder / name
-                if there.get(file.name) != file.stat().st_size:
+                size = file.stat().st_size
+                right = there.get(file.name) == size
+                if right and self.check:
+                    right = self._arrives(RemoteFile(where[name], size, self.small[name]))
+                if not right:
                     self.place.put_file(file, where[name], tell=lambda count: None)
                     self.files += 1
 
@@ -247,9 +259,13 @@ class _Push:
         file = Remote(self.place, self.manifest, named=True).shard(shards.name, shard, card)
         if shards.card is None and shards.stride:
             return False  # of an interrupted push: sent again rather than trusted
+        return self._arrives(file)
+
+    def _arrives(self, file: RemoteFile) -> bool:
+        """Whether a file that is there has the right bytes."""
         with tempfile.TemporaryDirectory(prefix="softlabels-") as drafts:
             try:
-                download(self.place, file, Path(drafts, "shard"), traffic=Traffic())
+                download(self.place, file, Path(drafts, "file"), traffic=Traffic())
             except CacheError:
                 return False
         return True

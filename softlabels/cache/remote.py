@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from softlabels.cache.format import (
     EXAMPLES,
+    FIELD_NAME,
     MANIFEST,
     MANIFEST_LIMIT,
     RECEIPT,
@@ -63,6 +64,10 @@ _MOST_FILES = 1000
 _TRIES = 50  # at a manifest that other pushes change
 
 SmallFiles = Annotated[dict[str, Hex128], Field(max_length=_MOST_FILES)]
+
+
+class DamagedCard(CacheError):
+    """A field.json that is none, or not that of the manifest: a push with `check` puts another there."""
 
 
 class FieldCard(BaseModel):
@@ -190,26 +195,32 @@ class Remote:
     named: bool  # folders are named by their content: it was pushed; False: a cache's folder as it is
 
     def card(self, field: str) -> FieldCard | None:
-        """What a pushed field's folder holds; None of a cache that was not pushed."""
-        return read_card(self.place, self.manifest, field) if self.named else None
+        """What a pushed field's folder holds, None of a cache that was not pushed; CacheError: gone or damaged."""
+        if not self.named:
+            return None
+        try:
+            return read_card(self.place, self.manifest, field)
+        except FileNotFoundError:
+            name = f"{folder_of(self.manifest, field)}/{CARD}"
+            raise CacheError(
+                f"{self.place.shown} lacks {name}, which its manifest names: have the cache pushed again"
+            ) from None
 
     def small_files(self, cards: Sequence[FieldCard | None]) -> dict[str, tuple[str, str]]:
         """Of each small file of the cache, where it lies and its hash."""
         if not self.named:
-            try:
-                raw = self.place.read(RECEIPT, limit=SETTINGS_LIMIT)
-            except FileNotFoundError:
+            files = _read_folder_receipt(self.place)
+            if files is None:
                 raise CacheError(
                     f"{self.place.shown} has no {RECEIPT}, which names the files of its tokenizer: copy the whole "
                     f"cache there, or use `softlabels push`"
-                ) from None
-            files = dict(parse_folder_receipt(raw, f"{self.place.shown}/{RECEIPT}").files)
+                )
             files.pop(MANIFEST, None)
-            return {name: (name, value) for name, value in checked_files(files, self.place).items()}
+            return {name: (name, value) for name, value in checked_files(files, self.place.shown).items()}
         found: dict[str, tuple[str, str]] = {}
         for card in cards:  # the first ones win: examples come first
             if card is not None:
-                places = small_folders(checked_files(card.files, self.place))
+                places = small_folders(checked_files(card.files, self.place.shown))
                 found = {name: (places[name], value) for name, value in card.files.items()} | found
         return found
 
@@ -261,18 +272,18 @@ def make_receipt(manifest: Manifest, field: str, shard: int, *, counted: int) ->
     )
 
 
-def checked_files(files: dict[str, str], place: Place) -> dict[str, str]:
-    """`files`; CacheError where one would not lie in a cache's small folders."""
+def checked_files(files: dict[str, str], where: str) -> dict[str, str]:
+    """`files`; CacheError where one of those that `where` has would not lie in a cache's small folders."""
     for name in files:
         if not _SMALL.fullmatch(name) or ".." in name:
-            raise CacheError(f"{place.shown} names a file {name[:100]!r}, which is none of a cache: refused")
+            raise CacheError(f"{where} has a file {name[:100]!r}, which is none of a cache: refused. Have it removed")
     if len(files) > _MOST_FILES:
-        raise CacheError(f"{place.shown} names more than {_MOST_FILES} files of its tokenizer: refused")
+        raise CacheError(f"{where} has more than {_MOST_FILES} files of a tokenizer: refused")
     return files
 
 
 def open_remote(url: str) -> Remote:
-    """The whole cache at `url`; CacheError where there is none. Costs two small files."""
+    """The whole cache at `url`; CacheError where there is none. Costs two or three small files."""
     place = Place(url)
     manifest = read_remote_manifest(place)
     if manifest is None:
@@ -282,8 +293,27 @@ def open_remote(url: str) -> Remote:
     try:
         read_card(place, manifest, EXAMPLES)
     except FileNotFoundError:
+        _check_manifest(place, manifest)
         return Remote(place, manifest, named=False)
     return Remote(place, manifest, named=True)
+
+
+def _read_folder_receipt(place: Place) -> dict[str, str] | None:
+    """Path inside the cache → xxh3-128, as receipt.json of a cache's folder says; None where it is not there."""
+    try:
+        raw = place.read(RECEIPT, limit=SETTINGS_LIMIT)
+    except FileNotFoundError:
+        return None
+    return dict(parse_folder_receipt(raw, f"{place.shown}/{RECEIPT}").files)
+
+
+def _check_manifest(place: Place, manifest: Manifest) -> None:
+    """CacheError where the manifest of a cache's folder is not the one that was written: a pull would vouch for it."""
+    files = _read_folder_receipt(place)
+    if files is not None and files.get(MANIFEST) != xxhash.xxh3_128(to_json(manifest)).hexdigest():
+        raise CacheError(
+            f"{place.shown}/{MANIFEST} is not the one that {RECEIPT} beside it speaks of: have the cache copied again"
+        )
 
 
 def read_remote_manifest(place: Place) -> Manifest | None:
@@ -299,13 +329,15 @@ def read_remote_manifest(place: Place) -> Manifest | None:
 
 
 def read_card(place: Place, manifest: Manifest, field: str) -> FieldCard:
-    """field.json of a field of `manifest`; FileNotFoundError where there is none, CacheError where it is another's."""
+    """field.json of a field of `manifest`; FileNotFoundError where there is none, DamagedCard where it is another's."""
     folder, count = folder_of(manifest, field), len(manifest.shard_rows)
     card = _read_card(place, folder)
-    lists = [len(part) for part in (card.counted or [0] * count, card.packed or [0] * count)]
-    fits = card.field == field and card.table == manifest.shards[field] and lists == [count, count]
+    fits = card.field == field and card.table == manifest.shards[field] and len(card.counted) in (0, count)
+    fits = fits and (card.packed is None or len(card.packed) == count)
     if not fits or card.cache != base_of(manifest):
-        raise CacheError(f"{place.shown}/{folder}/{CARD} is not that of the manifest: have the cache pushed again")
+        raise DamagedCard(
+            f"{place.shown}/{folder}/{CARD} is not that of the manifest: have the cache pushed again with --check"
+        )
     return card
 
 
@@ -317,9 +349,8 @@ def _read_card(place: Place, folder: str) -> FieldCard:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         spot = ".".join(str(part) for part in first["loc"])
-        raise CacheError(
-            f"{place.shown}/{name} is damaged or of another version: {spot}: {first['msg']}"[:1000]
-        ) from None
+        words = f"{place.shown}/{name} is damaged or of another version: {spot}: {first['msg']}"[:1000]
+        raise DamagedCard(f"{words}. Have the cache pushed again with --check, which puts another there") from None
 
 
 # --------------------------------------------------------------------------------------------------- publishing
@@ -351,7 +382,7 @@ def _fields_of(manifest: Manifest) -> dict[str, tuple[FieldSpec, ShardTable]]:
 def _fields_there(place: Place, manifest: Manifest) -> dict[str, tuple[FieldSpec, ShardTable]]:
     """The fields of the same cache that are whole at a place, whether a manifest names them or not."""
     known = {folder_of(manifest, field) for field in manifest.shards}
-    base, found = base_of(manifest), {}
+    base, count, found = base_of(manifest), len(manifest.shard_rows), {}
     for folder in sorted(place.list("")):
         small = folder.partition("-")[0] in FOLDERS
         if folder in known or small or not re.fullmatch(r".+-[0-9a-f]{16}", folder):
@@ -360,6 +391,7 @@ def _fields_there(place: Place, manifest: Manifest) -> dict[str, tuple[FieldSpec
             card = _read_card(place, folder)
         except (FileNotFoundError, CacheError):
             continue  # not whole, or nothing of ours
-        if card.cache == base and card.spec is not None and named_folder(card.field, card.table) == folder:
+        fits = FIELD_NAME.fullmatch(card.field) and len(card.table) == count  # or no reader would take the manifest
+        if fits and card.cache == base and card.spec is not None and named_folder(card.field, card.table) == folder:
             found[card.field] = (card.spec, card.table)
     return found

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 _LIMIT = 1 << 16  # bytes of a signature
-_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_@.+-]+(?:/[A-Za-z0-9_@.+-]+)*)")
+_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_@.+-][A-Za-z0-9_@.+ -]*(?:/[A-Za-z0-9_@.+-][A-Za-z0-9_@.+ -]*)*)")
 _RECEIPT = re.compile(r"[^/]+/[0-9]{5,}\.json")
 _CHUNK = 1 << 20
 
@@ -53,8 +53,8 @@ class SignReport:
 def sign_cache(folder: Path, manifest: Manifest, key: Ed25519PrivateKey) -> SignReport:
     """Write SHA256SUMS and its signature into the finished cache at `folder`, over those that are there.
 
-    CacheError where a file is missing: what is signed is the whole of it. Whether the files are as they were written is
-    for `verify_cache` to say, before.
+    CacheError where a file is missing, or has a name that no checker reads: what is signed is the whole of it. Whether
+    the files are as they were written is for `verify_cache` to say, before.
     """
     if not manifest.complete:
         raise CacheError(f"{folder} is unfinished: give the dump command that began it again, and sign what it made")
@@ -71,6 +71,10 @@ def sign_cache(folder: Path, manifest: Manifest, key: Ed25519PrivateKey) -> Sign
                 total += size
                 update(1)
     message = "".join(lines).encode()
+    try:
+        _listed(message)
+    except ValueError as error:
+        raise CacheError(f"{folder} has a file whose name no list can hold: {error}. Remove it, or rename it") from None
     armoured = sign(message, key)
     signer = check(message, armoured)
     (folder / SIGNATURE).unlink(missing_ok=True)  # at no moment it speaks of another list
@@ -132,6 +136,11 @@ def signature_faults(folder: Path, manifest: Manifest, signers: Sequence[str], f
 
 
 _LATER = ": where fields were added, or left out of this copy, since it was signed, it needs a new signature"
+
+
+def is_of(sums: bytes, manifest: bytes) -> bool:
+    """Whether a SHA256SUMS is of the cache with these bytes as its manifest."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode() in sums
 
 
 def _problem(folder: Path, name: str, wanted: str | None) -> str | None:

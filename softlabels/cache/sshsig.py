@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 NAMESPACE = b"softlabels-cache"  # a signature made for anything else is none of a cache
 _KIND, _MAGIC, _VERSION = b"ssh-ed25519", b"SSHSIG", struct.pack(">I", 1)
 _HASHES = {b"sha512": hashlib.sha512, b"sha256": hashlib.sha256}
-_ARMOUR = re.compile(
-    rb"\s*-----BEGIN SSH SIGNATURE-----\s+([A-Za-z0-9+/=\s]+?)\s*-----END SSH SIGNATURE-----\s*", re.ASCII
+_ARMOUR = re.compile(  # no two parts that can match the same: a stranger's spaces would be tried for days
+    rb"\s*-----BEGIN SSH SIGNATURE-----\s([A-Za-z0-9+/=\s]+)-----END SSH SIGNATURE-----\s*", re.ASCII
 )
 
 

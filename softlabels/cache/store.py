@@ -10,71 +10,106 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from softlabels.cache.delivery import StorePlace, new_lease, open_store
+from softlabels.cache.delivery import StorePlace, new_lease
 from softlabels.cache.files import write_file
 from softlabels.cache.format import (
+    EXAMPLES,
+    FIELD_NAME,
     MANIFEST,
     MANIFEST_LIMIT,
     RECEIPT,
     RECEIPT_LIMIT,
+    TEMPORARY,
     read_receipt,
     receipt_file,
+    shard_name,
 )
 from softlabels.cache.settings import FOLDERS, settings_files
-from softlabels.cache.urls import hide, redact
+from softlabels.cache.transfer import THREADS, Traffic, in_parallel
+from softlabels.cache.urls import Place
 from softlabels.errors import CacheError, SoftlabelsError
 
-_SHARD = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.@-]*)/([0-9]{5,})\.(arrow|json)")
-_SETTING = re.compile(rf"({'|'.join(FOLDERS)})(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
-_AT_ONCE = 1000  # receipts fetched at a time
+_RECEIPT = re.compile(rf"({FIELD_NAME.pattern})/([0-9]{{5}}|[1-9][0-9]{{5,}})\.json")
+_SETTING = re.compile(rf"({'|'.join(FOLDERS)})(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){{1,4}}")
+_PUSHED = re.compile(rf"{EXAMPLES}-[0-9a-f]{{16}}")  # the folder that `softlabels push` makes
+_DEEPEST = 4  # folders around a file of a small one
+_AT_ONCE = 64  # receipts fetched at a time, where one connection carries all
 _LARGEST = 16 << 30  # bytes of a file in a small folder: a head over a vocabulary is the largest
 
 
 class Store:
-    """The cache at `place.url`, and the `folder` here that stands for it."""
+    """The cache at `lease.url`, and the `folder` here that stands for it."""
 
-    def __init__(self, place: StorePlace, folder: Path) -> None:
-        self.place, self.folder = place, folder
+    def __init__(self, lease: StorePlace, folder: Path) -> None:
+        self.place, self.folder = lease, folder
+        self.begun = False
         self._sent: dict[str, bytes | int] = {}  # what is there: the two files of the root, sizes of the others
+        self._wrong: list[str] = []  # there and to go: halves, what a dump that never began left, receipts of no shard
+
+    @property
+    def _there(self) -> Place:
+        return self.place.place
 
     def fetch(self) -> None:
-        """What is there already; of a shard only if its data has the size that its receipt says."""
-        with _told(self.place.url):
-            fs, root = open_store(self.place.url)
-            sizes = _sizes(fs, root)
-            for name, limit in ((MANIFEST, MANIFEST_LIMIT), (RECEIPT, MANIFEST_LIMIT)):
-                if name in sizes:
-                    _refuse_large(name, sizes[name], limit)
-                    data: bytes = fs.cat_file(f"{root}/{name}")
-                    self._sent[name] = data
-                    write_file(self.folder / name, data)
-            for name, size in sizes.items():
-                if _SETTING.fullmatch(name):
-                    _refuse_large(name, size, _LARGEST)
-                    self._sent[name] = size
-                    (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(f"{root}/{name}", str(self.folder / name))
-            self._fetch_receipts(fs, root, sizes)
+        """What is there already; of a shard only if its data has the size that its receipt says.
 
-    def _fetch_receipts(self, fs: Any, root: str, sizes: Mapping[str, int]) -> None:
-        names = [
-            name
-            for name, size in sizes.items()
-            if (match := _SHARD.fullmatch(name)) and match[3] == "json" and size <= RECEIPT_LIMIT
-        ]
-        for start in range(0, len(names), _AT_ONCE):
-            found = fs.cat([f"{root}/{name}" for name in names[start : start + _AT_ONCE]], on_error="omit")
-            for path, data in found.items():
-                field, number = path.split("/")[-2:]
-                shard = int(number.removesuffix(".json"))
-                self.keep({field: data}, shard)
-                receipt = read_receipt(self.folder, field, shard)
-                if receipt is None or sizes.get(f"{field}/{shard:05d}.arrow") != receipt.bytes:
-                    receipt_file(self.folder, field, shard).unlink()
+        CacheError: what is there is no cache that a dump can go on with.
+        """
+        self._there.refuse_read_only()
+        root = self._there.list("")
+        self._refuse_strangers(root)
+        sizes = _sizes(self._there, root)
+        settings = [name for name in sizes if _SETTING.fullmatch(name)]
+        self._wrong += [name for name in sizes if name.rpartition("/")[2].startswith(TEMPORARY)]
+        if MANIFEST not in root:  # of a dump that was killed before it put one: nobody knows what of it is whole
+            self._wrong += settings
+            return
+        for name in (MANIFEST, RECEIPT):
+            if name in sizes:
+                data = self._there.read(name, limit=MANIFEST_LIMIT)
+                self._sent[name] = data
+                write_file(self.folder / name, data)
+        for name in settings:
+            if sizes[name] > _LARGEST:
+                raise CacheError(f"{name} has {sizes[name]:,} bytes, more than any can have ({_LARGEST:,}): refused")
+            self._sent[name] = sizes[name]
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self._there.get_file(name, self.folder / name, size=sizes[name])
+        self._fetch_receipts(sizes)
+
+    def _refuse_strangers(self, root: Mapping[str, int | None]) -> None:
+        if any(_PUSHED.fullmatch(name) for name in root):
+            raise CacheError(
+                f"{self._there.shown} holds a cache that was pushed there, which no dump can go on with: give another "
+                f"--out, or dump into a folder and push the fields that are new"
+            )
+        strangers = sorted(name for name in root if name not in FOLDERS and not name.startswith(TEMPORARY))
+        if strangers and MANIFEST not in root:
+            raise CacheError(
+                f"{self._there.shown} is not empty and no cache (it holds {', '.join(strangers[:5])}): choose another "
+                f"--out"
+            )
+
+    def _fetch_receipts(self, sizes: Mapping[str, int]) -> None:
+        names = [name for name, size in sizes.items() if _RECEIPT.fullmatch(name) and size <= RECEIPT_LIMIT]
+        threads = _AT_ONCE if self._there.is_asynchronous else THREADS
+        for name, data in in_parallel(self._read_receipt, names, Traffic(), threads=threads):
+            field, _, file = name.partition("/")
+            shard = int(file.removesuffix(".json"))
+            self.keep({field: data}, shard)
+            receipt = read_receipt(self.folder, field, shard)
+            if receipt is None or sizes.get(f"{field}/{shard_name(shard)}") != receipt.bytes:
+                receipt_file(self.folder, field, shard).unlink()
+                self._wrong.append(name)  # or it would speak of the data that comes, until its own does
+
+    def _read_receipt(self, name: str) -> tuple[str, bytes]:
+        try:
+            return name, self._there.read(name, limit=RECEIPT_LIMIT)
+        except FileNotFoundError:  # it went just now
+            return name, b""
 
     def keep(self, receipts: Mapping[str, bytes], shard: int) -> None:
         """Note that a shard of some fields is there."""
@@ -85,65 +120,65 @@ class Store:
 
     def begin(self) -> None:
         """Send the small folders and the first manifest, and let workers write."""
-        with _told(self.place.url):
-            fs, root = open_store(self.place.url)
-            for name in (name for part in FOLDERS for name in settings_files(self.folder, part)):
-                if self._sent.get(name) != (self.folder / name).stat().st_size:
-                    fs.makedirs(f"{root}/{name.rpartition('/')[0]}", exist_ok=True)
-                    fs.put_file(str(self.folder / name), f"{root}/{name}")
-            fs.makedirs(root, exist_ok=True)
-            self._send(fs, root, MANIFEST)
-            self.place.begin()
+        there, own = self._there, [name for part in FOLDERS for name in settings_files(self.folder, part)]
+        there.make_folder("")
+        self.begun = True
+        self.place.begin()  # the leases among `_wrong` went with it
+        for name in self._wrong:
+            if name not in own:
+                there.remove(name)
+        for name in own:
+            if self._sent.get(name) != (self.folder / name).stat().st_size:
+                there.make_folder(name.rpartition("/")[0])
+                there.put_file(self.folder / name, name, tell=lambda count: None)
+        self._send(MANIFEST)
 
     def finish(self) -> None:
         """Send what `CacheBuild.finish` has written."""
-        with _told(self.place.url):
-            fs, root = open_store(self.place.url)
-            if self._sent.get(MANIFEST) != (self.folder / MANIFEST).read_bytes() and RECEIPT in self._sent:
-                fs.rm_file(f"{root}/{RECEIPT}")  # at no moment it speaks of another manifest
-                del self._sent[RECEIPT]
-            self._send(fs, root, MANIFEST)
-            self._send(fs, root, RECEIPT)
+        if self._sent.get(MANIFEST) != (self.folder / MANIFEST).read_bytes() and RECEIPT in self._sent:
+            self._there.remove(RECEIPT)  # at no moment it speaks of another manifest
+            del self._sent[RECEIPT]
+        self._send(MANIFEST)
+        self._send(RECEIPT)
 
-    def _send(self, fs: Any, root: str, name: str) -> None:
+    def _send(self, name: str) -> None:
         data = (self.folder / name).read_bytes()
         if self._sent.get(name) != data:
-            fs.pipe_file(f"{root}/{name}", data)
+            self._there.put_bytes(name, data)
             self._sent[name] = data
 
 
 @contextmanager
 def mirror(url: str) -> Iterator[Store]:
-    """The cache at `url`, its folder here gone when the block ends. CacheError: the store can't be reached."""
-    place = StorePlace(url.rstrip("/"), new_lease())
+    """The cache at `url`, its folder here gone when the block ends.
+
+    CacheError, ConfigError: the store can't be reached, or holds what no dump can go on with.
+    """
+    lease = StorePlace(url.rstrip("/"), new_lease())
     with tempfile.TemporaryDirectory(prefix="softlabels-store-") as folder:
-        store = Store(place, Path(folder))
+        store = Store(lease, Path(folder))
         store.fetch()
         try:
             yield store
-        finally:
-            with _told(url):
-                place.end()
+        except BaseException:
+            if store.begun:
+                with suppress(SoftlabelsError):  # what went wrong before is what is told
+                    lease.end()
+            raise
+        if store.begun:
+            lease.end()
 
 
-def _sizes(fs: Any, root: str) -> dict[str, int]:
-    """Every file's size by its path below `root`; none where there is nothing."""
-    found = fs.find(root, detail=True)
-    return {path[len(root) + 1 :]: int(facts["size"]) for path, facts in found.items() if path.startswith(f"{root}/")}
-
-
-def _refuse_large(name: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise CacheError(f"{name} has {size} bytes, more than any can have ({limit}): it is damaged")
-
-
-@contextmanager
-def _told(url: str) -> Iterator[None]:
-    """Stores fail in as many ways as there are stores."""
-    try:
-        yield
-    except SoftlabelsError:
-        raise
-    except Exception as error:
-        words = " ".join(hide(str(error), url).split())[:300]
-        raise CacheError(f"{redact(url)} can't be read or written: {type(error).__name__}: {words}") from error
+def _sizes(place: Place, root: Mapping[str, int | None]) -> dict[str, int]:
+    """Every file's size by its path, in the root and in the folders that a cache has."""
+    sizes = {name: size for name, size in root.items() if size is not None}
+    waiting = [name for name, size in root.items() if size is None and FIELD_NAME.fullmatch(name)]
+    while waiting:
+        folder = waiting.pop()
+        for name, size in place.list(folder).items():
+            path = f"{folder}/{name}"
+            if size is not None:
+                sizes[path] = size
+            elif folder.split("/")[0] in FOLDERS and path.count("/") < _DEEPEST:
+                waiting.append(path)
+    return sizes

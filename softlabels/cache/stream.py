@@ -39,8 +39,8 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?[bB]?)\s*", text)
     unit = found[2].upper() if found else ""
     unit = unit if unit in _UNITS else f"{unit}B"
-    if found is None or unit not in _UNITS or not float(found[1]):
-        raise ConfigError(f"a cache size of '{text}': give a number with a unit, such as 20GB or 500MB")
+    if found is None or unit not in _UNITS or not 0 < float(found[1]) < 1e18:
+        raise ConfigError(f"a cache size of '{text[:40]}': give a number with a unit, such as 20GB or 500MB")
     return int(float(found[1]) * _UNITS[unit])
 
 
@@ -163,7 +163,7 @@ class ShardStore:
                 if self._workers < _THREADS:
                     self._workers += 1
                     threading.Thread(target=self._work, name="softlabels-stream", daemon=True).start()
-            self._waiting.put(key)
+                self._waiting.put(key)  # under the lock: a worker that leaves sees it, or was seen to be gone
 
     def _work(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from softlabels.cache.files import publish, temporary
+from softlabels.cache.files import hash_file, publish, temporary
 from softlabels.cache.format import TEMPORARY
 from softlabels.cache.planes import unpack_file
 from softlabels.cache.urls import Failed, Patience, Place, _Stopped
@@ -28,6 +28,7 @@ THREADS = 8  # files at a time
 _LEAST, _FIRST, _MOST = 1 << 18, 1 << 22, 1 << 25  # bytes asked for at a time
 _SECONDS = 2.0  # that one request is meant to take: so much is lost where a connection breaks
 _HASHED = 1 << 20
+_FAREWELL = 10.0  # seconds that the others have to end, all together, once one has failed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,8 +89,10 @@ def in_parallel(act: Callable[[T], R], tasks: Sequence[T], traffic: Traffic, *, 
                 done.put((None, error))
                 return
 
-    workers = [threading.Thread(target=work, name=f"softlabels-transfer-{n}", daemon=True) for n in range(threads)]
-    workers = workers[: max(1, min(threads, len(tasks)))]
+    workers = [
+        threading.Thread(target=work, name=f"softlabels-transfer-{n}", daemon=True) for n in range(max(threads, 1))
+    ]
+    workers = workers[: max(1, len(tasks))]
     for worker in workers:
         worker.start()
     try:
@@ -100,8 +103,9 @@ def in_parallel(act: Callable[[T], R], tasks: Sequence[T], traffic: Traffic, *, 
             yield result  # type: ignore[misc]
     except Exception:
         traffic.stopped.set()
+        until = time.monotonic() + _FAREWELL
         for worker in workers:  # what they still write is not to meet what is done about the error
-            worker.join(timeout=10)
+            worker.join(timeout=max(until - time.monotonic(), 0))
         raise
     finally:
         traffic.stopped.set()
@@ -111,11 +115,15 @@ def download(place: Place, file: RemoteFile, target: Path, *, traffic: Traffic) 
     """Bring `file` to `target`, whole and with the right hash, or not at all. What arrived of it before is kept.
 
     Bytes come in order, so that a part is always a beginning: its name says of which bytes. CacheError where the file
-    is missing there, or is not what it should be, twice.
+    is missing there, or is not what it should be, twice. What another process has brought meanwhile is not fetched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{TEMPORARY}{target.name}.{file.xxh3_128[:16]}{'.packed' if file.packed else ''}")
     with _locked(part) as handle:
+        if not os.fstat(handle).st_size and target.is_file() and hash_file(target) == file.xxh3_128:
+            part.unlink()
+            traffic.skip(file.size)
+            return
         for last in (False, True):
             found = _fetch(place, file, handle, traffic)
             if file.packed:
@@ -131,12 +139,12 @@ def download(place: Place, file: RemoteFile, target: Path, *, traffic: Traffic) 
                     f"again with --check, which puts back what is damaged"
                 )
             traffic.add(-file.size)
-        if file.packed:
-            part.unlink()
-        else:
+        if not file.packed:
             os.fsync(handle)
             os.replace(part, temporary(target))
         publish(target)
+        if file.packed:
+            part.unlink()  # last: killed before, nothing has to come again
 
 
 @contextmanager
@@ -146,11 +154,19 @@ def _locked(part: Path) -> Iterator[int]:
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if part.exists() and os.fstat(handle).st_ino == part.stat().st_ino:  # not finished by another meanwhile
+            if _is_at(handle, part):  # not finished by another meanwhile
                 yield handle
                 return
         finally:
             os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _fetch(place: Place, file: RemoteFile, handle: int, traffic: Traffic) -> str:
@@ -174,13 +190,9 @@ def _fetch(place: Place, file: RemoteFile, handle: int, traffic: Traffic) -> str
             continue
         if stop - have == ask:
             place.ask = ask = int(min(_MOST, max(_LEAST, min(4 * ask, ask * _SECONDS / seconds))))
-        if len(data) == file.size != stop - have:  # a server that knows no ranges gives all there is
-            data, stop = data[have:], file.size
-        elif len(data) != stop - have:
-            raise CacheError(f"{place.shown}/{file.name} has not the {file.size:,} bytes that it must have")
         _write_all(handle, data, have)
         hasher.update(data)
-        have = stop
+        have += len(data)
         traffic.add(len(data))
         patience.progressed()
     return hasher.hexdigest()
@@ -194,10 +206,10 @@ def _write_all(handle: int, data: bytes, place: int) -> None:
 
 
 def _ask(place: Place, file: RemoteFile, start: int, stop: int, patience: Patience) -> tuple[bytes | None, float]:
-    """The bytes from `start` to `stop` and the seconds that took; None where it failed this time."""
-    began, path = time.monotonic(), place.path(file.name)
+    """The bytes from `start` to `stop`, or more of them, and the seconds that took; None: it failed this time."""
+    began = time.monotonic()
     try:
-        found = place.try_once(lambda fs: _cat(fs, path, start, stop, file.size), patience)
+        found = place.try_once(lambda fs: _cat(place, fs, file, start, stop), patience)
     except FileNotFoundError:
         raise CacheError(
             f"{place.shown} lacks {file.name}, which its manifest names: have the cache pushed again"
@@ -205,8 +217,8 @@ def _ask(place: Place, file: RemoteFile, start: int, stop: int, patience: Patien
     return None if isinstance(found, Failed) else found, max(time.monotonic() - began, 1e-3)
 
 
-def _cat(fs: Any, path: str, start: int, stop: int, size: int) -> bytes:
-    data = fs.cat_file(path, start=start, end=stop)
-    if len(data) < min(stop - start, size):  # a connection that ended early without a word
+def _cat(place: Place, fs: Any, file: RemoteFile, start: int, stop: int) -> bytes:
+    data = place.cat(fs, file.name, start, stop, most=file.size - start)
+    if len(data) < stop - start:  # a connection that ended early without a word
         raise ConnectionError(f"{len(data)} bytes came instead of {stop - start}")
     return data

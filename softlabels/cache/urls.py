@@ -11,11 +11,13 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from softlabels.cache.format import TEMPORARY
+from softlabels.cache.web import read_web
 from softlabels.errors import CacheError, ConfigError
 
 # Here an object is there as a whole or not at all. Elsewhere it gets a temporary name first.
@@ -35,12 +37,28 @@ def is_url(place: str | Path) -> bool:
 
 def redact(url: str) -> str:
     """`url` as it may be printed and stored: without what stands before an @, and without the values of its query."""
-    scheme, _, rest = url.partition("://")
+    scheme, name, rest = split_credentials(url)
+    shown = "" if name is None else (f"{name}@" if scheme in ("sftp", "ssh") and ":" not in name else "***@")
     whole = re.split(r"[?#]", rest, maxsplit=1)
-    before, slash, path = whole[0].partition("/")
-    name, at, host = before.rpartition("@")
-    shown = "" if not at else (f"{name}@" if scheme in ("sftp", "ssh") and ":" not in name else "***@")
-    return f"{scheme}://{shown}{host}{slash}{path}" + ("?***" if len(whole) > 1 else "")
+    return f"{scheme}://{shown}{whole[0]}" + ("?***" if len(whole) > 1 else "")
+
+
+def split_credentials(url: str) -> tuple[str, str | None, str]:
+    """The scheme of a URL, what stands before its @ (None where nothing does), and the rest.
+
+    A password may hold what it should not: the keys of AWS have slashes. hf://…@ names a revision.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() == "hf":
+        return scheme, None, rest
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in host:
+        name, _, host_after = host.rpartition("@")
+        return scheme, name, host_after + rest[len(host) :]
+    if re.search(r":(?!\d*$)", host) and not host.startswith("[") and "@" in rest:
+        name, _, after = rest.rpartition("@")
+        return scheme, name, after
+    return scheme, None, rest
 
 
 def hide(text: str, url: str) -> str:
@@ -52,9 +70,12 @@ def hide(text: str, url: str) -> str:
 
 
 def _secrets(url: str) -> set[str]:
-    scheme, _, rest = url.partition("://")
-    before = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
-    parts = {before, *before.split(":")} if scheme not in ("sftp", "ssh") else set(before.split(":")[1:]) | {before}
+    scheme, before, _ = split_credentials(url)
+    before = before or ""
+    name, _, word = before.partition(":")
+    parts = {before, name, word, *re.split(r"[:/?#]", word)}
+    if scheme in ("sftp", "ssh"):
+        parts.discard(name)
     try:
         query = urlsplit(url).query
     except ValueError:
@@ -81,11 +102,15 @@ class Place:
         if self.protocol in ("http", "https") and "?" in url:
             start, _, query = url.partition("?")
             self.url, self._query = start.rstrip("/"), f"?{query}"
-        if self.protocol in _KEYS and "@" in urlsplit(url).netloc:
+        if self.protocol in _KEYS and split_credentials(url)[1] is not None:
             raise ConfigError(
                 f"{self.shown}: {self.protocol} takes no credentials in its URL. Give {_KEYS[self.protocol]}"
             )
         self.given = url  # with what is secret of it
+        try:
+            urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(f"{self.shown} is no URL: {self.hide(error)}") from None
         self._local = threading.local()
         try:
             self._shared, self._root = self._connect()
@@ -172,12 +197,37 @@ class Place:
 
     # --------------------------------------------------------------------------------------------------- reading
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether all threads share one connection, so that many of them may ask at a time."""
+        return bool(getattr(self._shared, "async_impl", False))
+
     def read(self, name: str, *, limit: int) -> bytes:
         """The bytes of a small file; FileNotFoundError where it isn't there, CacheError beyond `limit` bytes."""
-        data = self.call(lambda fs: fs.cat_file(self.path(name), start=0, end=limit + 1))
+        data = self.call(lambda fs: self.cat(fs, name, 0, limit + 1, most=limit + 1))
         if len(data) > limit:
             raise CacheError(f"{self.shown}/{name} has more than the {limit:,} bytes that it may have")
         return data
+
+    def cat(self, fs: Any, name: str, start: int, stop: int, *, most: int) -> bytes:
+        """One try, with what `call` gives: bytes of a file from `start` up to `stop`, or to its end.
+
+        They may be more, up to `most`, of a server that gives all that there is whatever it is asked for.
+        """
+        if self.protocol in ("http", "https"):
+            return read_web(fs, self.path(name), start, stop, most=most)
+        data: bytes = fs.cat_file(self.path(name), start=start, end=stop)
+        return data if len(data) <= stop - start else data[start : start + most]
+
+    def get_file(self, name: str, file: Path, *, size: int) -> None:
+        """Bring a file of `size` bytes here, whole, where nothing says its hash; FileNotFoundError: it isn't there."""
+
+        def get(fs: Any) -> None:
+            fs.get_file(self.path(name), str(file))
+            if (found := file.stat().st_size) != size:  # a connection that ended early without a word
+                raise ConnectionError(f"{found} bytes of {name} came instead of {size}")
+
+        self.call(get)
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError where it isn't there."""
@@ -211,7 +261,7 @@ class Place:
         """ConfigError where nothing can be put."""
         if self.protocol in _READ_ONLY:
             raise ConfigError(
-                f"{self.shown} can only be read: {self.protocol} has no way to put files. Push to s3://, gs://, "
+                f"{self.shown} can only be read: {self.protocol} has no way to put files. Give s3://, gs://, "
                 f"hf://, sftp:// or a folder that the web server serves, or serve the cache's folder as it is: pull "
                 f"reads that too"
             )
@@ -236,7 +286,20 @@ class Place:
 
         self._put(name, put)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, where there is one."""
+        with suppress(FileNotFoundError):
+            self.call(lambda fs: fs.rm_file(self.path(name)))
+
     def _put(self, name: str, put: Callable[[Any, str], None]) -> None:
+        try:
+            self._put_whole(name, put)
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"{self.shown}: {name} can't be put there, for something is missing: {self.hide(error)}"
+            ) from None
+
+    def _put_whole(self, name: str, put: Callable[[Any, str], None]) -> None:
         if self.protocol in _ATOMIC:
             try:
                 self.call(lambda fs: put(fs, self.path(name)))
@@ -248,8 +311,13 @@ class Place:
         draft = self.path(f"{folder}/{TEMPORARY}{mark}-{file}" if folder else f"{TEMPORARY}{mark}-{file}")
 
         def act(fs: Any) -> None:
-            put(fs, draft)
-            fs.mv(draft, self.path(name))
+            try:
+                put(fs, draft)
+                fs.mv(draft, self.path(name))
+            except Exception:
+                with suppress(Exception):  # on a full disk it would be in the way
+                    fs.rm_file(draft)
+                raise
 
         self.call(act)
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from softlabels.cache import open_cache, transfer, urls
-from softlabels.cache.format import Manifest, read_manifest
+from softlabels.cache.files import lock
+from softlabels.cache.format import Manifest, ShardTable, read_manifest
 from softlabels.cache.pull import plan_pull, pull
 from softlabels.cache.push import push
-from softlabels.cache.remote import open_remote
+from softlabels.cache.remote import named_folder, open_remote
 from softlabels.cache.settings import folder_receipt
 from softlabels.cache.urls import Place, hide, redact
 from softlabels.cache.verify import verify_cache
@@ -263,6 +270,29 @@ def test_rows(cache: Path, tmp_path: Path, span: tuple[int | None, int | None]):
     assert sorted(path.name for path in tmp_path.iterdir()) == remembered  # nothing travelled
 
 
+def test_rows_that_have_no_place_are_refused_before_they_travel(cache: Path, tmp_path: Path):
+    push(cache, f"file://{tmp_path}/there")
+    make_cache(tmp_path / "other", fields=["logits"], rows=50)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.odt").write_bytes(b"years of work")
+    for folder, words in (("other", r"corpus\.rows was 50"), ("thesis", "not empty and no cache")):
+        with pytest.raises(CacheError, match=words):
+            pull(f"file://{tmp_path}/there", tmp_path / folder, rows=(0, 20))
+        with pytest.raises(CacheError, match=words):
+            plan_pull(f"file://{tmp_path}/there", tmp_path / folder, rows=(0, 20))
+    assert not list(tmp_path.glob(".tmp-*"))
+    drafts = tmp_path / ".tmp-pull-part"  # another pull of the same rows is at work there
+    drafts.mkdir()
+    with lock(drafts), pytest.raises(CacheError, match="is being written by another process"):
+        pull(f"file://{tmp_path}/there", tmp_path / "part", rows=(0, 20))
+    pull(f"file://{tmp_path}/there", tmp_path / "part", rows=(0, 20))
+    assert not drafts.exists()
+    assert_whole(tmp_path / "part")
+    url, almost = f"file://{tmp_path}/there", (0, 59)  # in all shards, and yet not all rows
+    pull(url, tmp_path / "almost", fields=["logits"], rows=almost)
+    assert plan_pull(url, tmp_path / "almost", fields=["logits"], rows=almost).fetch_files == 12
+
+
 def test_rows_travel_by_the_shards_they_lie_in(cache: Path, counted: tuple[str, Proxy], tmp_path: Path):
     url, manifest = counted[0], read_manifest(cache)
     push(cache, url)
@@ -408,6 +438,87 @@ def test_damage_at_the_place_is_told_and_mended(cache: Path, tmp_path: Path):
     assert contents(tmp_path / "back") == contents(cache)
 
 
+def test_small_files_and_cards_that_are_damaged_are_mended_too(cache: Path, tmp_path: Path):
+    url, there = f"file://{tmp_path}/there", tmp_path / "there"
+    push(cache, url, fields=["logits", "hidden.06"], compress=True)
+    whole = contents(there)
+    (tokenizer,) = there.glob("tokenizer-*/tokenizer.json")
+    tokenizer.write_bytes(tokenizer.read_bytes()[:-1] + b" ")
+    with pytest.raises(CacheError, match=r"tokenizer.json is not the file that was pushed.*--check"):
+        pull(url, tmp_path / "back")
+    assert push(cache, url, fields=["logits"], check=True).sent_files == 1
+    assert contents(there) == whole
+    for name in ("examples-*/field.json", "hidden.06-*/field.json"):
+        (card,) = there.glob(name)
+        card.write_bytes(b"")  # as a power cut may leave it
+        with pytest.raises(CacheError, match=r"field.json is damaged.*--check"):
+            push(cache, url, fields=["hidden.06"])
+        push(cache, url, fields=["hidden.06"], check=True)
+        assert contents(there) == whole
+
+
+def test_a_manifest_that_changed_in_a_folder_that_is_served_is_told(cache: Path, tmp_path: Path):
+    """A pull wrote a receipt of what it had found, and verify called it whole."""
+    make_cache(tmp_path / "there")
+    path = tmp_path / "there" / "manifest.json"
+    path.write_text(path.read_text().replace('["no", "yes"]', '["yes", "no"]'))
+    with pytest.raises(CacheError, match=r"manifest.json is not the one that receipt.json beside it speaks of"):
+        pull(f"file://{tmp_path}/there", tmp_path / "back")
+
+
+def test_what_fails_leaves_no_half_there(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a full disk each try left its own."""
+
+    def half(self: LocalFileSystem, source: str, target: str, **more: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise PermissionError("no more than your quota")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", half)
+    with pytest.raises(CacheError, match="no more than your quota"):
+        push(cache, f"file://{tmp_path}/there")
+    assert contents(tmp_path / "there") == {}
+
+
+def test_an_error_does_not_wait_for_each_of_the_others(monkeypatch: pytest.MonkeyPatch):
+    release = threading.Event()
+
+    def act(number: int) -> None:
+        if number == 0:
+            raise ValueError("the first one")
+        release.wait(60)
+
+    monkeypatch.setattr(transfer, "_FAREWELL", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the first one"):
+        list(transfer.in_parallel(act, range(8), transfer.Traffic()))
+    assert time.monotonic() - began < 3
+    release.set()
+
+
+def test_no_threads_are_one(cache: Path, tmp_path: Path):
+    push(cache, f"file://{tmp_path}/there", fields=["logits"], threads=0)
+    assert pull(f"file://{tmp_path}/there", tmp_path / "back", threads=0).fields == ["logits"]
+
+
+def test_receipts_that_say_another_thing_are_written_again(cache: Path, tmp_path: Path):
+    url, back = f"file://{tmp_path}/there", tmp_path / "back"
+    push(cache, url)
+    pull(url, back)
+    for wrong in (b"no JSON", (back / "logits" / "00002.json").read_bytes()):
+        (back / "logits" / "00001.json").write_bytes(wrong)
+        assert pull(url, back).fetched_files == 0
+        assert contents(back) == contents(cache)
+
+
+def test_a_name_that_no_pull_would_take_is_not_pushed(tmp_path: Path):
+    make_cache(tmp_path / "cache", fields=["logits"])
+    (tmp_path / "cache" / "tokenizer" / ".DS_Store").write_bytes(b"of a Mac")
+    (tmp_path / "cache" / "receipt.json").unlink()
+    with pytest.raises(CacheError, match=r"cache has a file 'tokenizer/.DS_Store', which is none of a cache"):
+        push(tmp_path / "cache", f"file://{tmp_path}/there")
+    assert not (tmp_path / "there").exists()
+
+
 def test_a_damaged_cache_is_not_pushed(cache: Path, tmp_path: Path):
     make_cache(tmp_path / "cache")
     path = tmp_path / "cache" / "logits" / "00001.arrow"
@@ -512,9 +623,81 @@ def test_a_strangers_paths_and_bytes_are_refused(cache: Path, tmp_path: Path):
     assert not (tmp_path / "evil.json").exists()
 
 
+def test_cards_and_sizes_that_do_not_fit_are_told(cache: Path, tmp_path: Path):
+    """Each ended in a traceback."""
+    url, there = f"file://{tmp_path}/there", tmp_path / "there"
+    push(cache, url, fields=["logits"])
+    (card,) = there.glob("logits-*/field.json")
+    told = json.loads(card.read_text())
+    card.write_text(json.dumps(told | {"packed": []}))
+    with pytest.raises(CacheError, match="is not that of the manifest"):
+        pull(url, tmp_path / "back")
+    card.unlink()
+    with pytest.raises(CacheError, match=r"lacks logits-\w+/field.json, which its manifest names"):
+        pull(url, tmp_path / "back")
+    manifest = json.loads((there / "manifest.json").read_text())
+    manifest["shards"]["logits"]["sizes"] = "0" * 12 * 6
+    (there / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"shards\.logits.*a shard has no bytes"):
+        pull(url, tmp_path / "back")
+
+
+def test_a_card_of_a_field_that_no_reader_takes_comes_into_no_manifest(cache: Path, tmp_path: Path):
+    push(cache, f"file://{tmp_path}/there", fields=["logits"])
+    (card,) = (tmp_path / "there").glob("logits-*/field.json")
+    told = json.loads(card.read_text()) | {"field": "Logits"}
+    folder = tmp_path / "there" / named_folder("Logits", ShardTable.model_validate(told["table"]))
+    folder.mkdir()
+    (folder / "field.json").write_text(json.dumps(told))
+    push(cache, f"file://{tmp_path}/there", fields=["hidden.06"])
+    assert sorted(open_remote(f"file://{tmp_path}/there").manifest.fields) == ["hidden.06", "logits"]
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Sends for as long as someone reads; or a few kB that unpack to a gigabyte."""
+
+    bomb = b""
+
+    def do_GET(self) -> None:
+        packed = "packed" in self.path
+        self.send_response(206 if "part" in self.path else 200)
+        self.send_header("Content-Encoding", "gzip" if packed else "identity")
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1 if packed else 1000):
+                self.wfile.write(self.bomb if packed else bytes(1_000_000))
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_no_more_is_read_than_was_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """All that a web server sent was read into memory before it was found to be too long."""
+    packer = zlib.compressobj(1, wbits=31)
+    packed = [packer.compress(bytes(10_000_000)) for _ in range(40)]
+    monkeypatch.setattr(_Endless, "bomb", b"".join([*packed, packer.flush()]))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Endless)
+    server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("whole", "part", "packed"):
+        place = Place(f"http://127.0.0.1:{server.server_address[1]}/{name}")
+        with pytest.raises(CacheError, match="more than the 1,000 bytes"):
+            place.read("manifest.json", limit=1000)
+    server.shutdown()
+    server.server_close()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # kB
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
+        ("s3://KEYKEY:SECRETS/with/slashes+@bucket/x", "s3://***@bucket/x"),
+        ("sftp://anna:pass-word#SECRETS@host/x", "sftp://***@host/x"),
+        ("sftp://anna:pass-word?SECRETS@host/x", "sftp://***@host/x"),
+        ("https://host:8080/x?mail=anna@home", "https://host:8080/x?***"),
+        ("https://[::1]:80/x@y", "https://[::1]:80/x@y"),
+        ("hf://datasets/a/b@v:1/x", "hf://datasets/a/b@v:1/x"),
         ("https://anna:pass-word@host/x", "https://***@host/x"),
         ("https://t0ken-abc@host/x", "https://***@host/x"),
         ("https://host/x?X-Amz-Signature=abcdef", "https://host/x?***"),
@@ -541,8 +724,9 @@ def test_credentials_in_a_url_go_to_the_server_alone(cache: Path, tmp_path: Path
             pull(url.replace(cache.name, "nothing"), tmp_path / "no")
     with pytest.raises(CacheError) as dead:
         Place(url).read("manifest.json", limit=10)
-    with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID") as refused:
-        push(cache, "s3://KEYKEY:pass-word@bucket/x")
+    for key in ("pass-word", "pass-word/with/slashes"):
+        with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID") as refused:
+            push(cache, f"s3://KEYKEY:{key}@bucket/x")
     told = [
         *capfd.readouterr(),
         str(report),
@@ -564,6 +748,8 @@ def test_s3_credentials_are_nowhere(cache: Path, bucket: str, tmp_path: Path, mo
     with pytest.raises(CacheError, match=r"NoSuchBucket|bucket does not exist|no cache at") as error:
         pull("s3://there-is-no-such-bucket/x", tmp_path / "no")
     assert "THEKEYID" not in str(error.value)
+    with pytest.raises(CacheError, match=r"there-is-no-such-bucket/x: .* can't be put there.*does not exist"):
+        push(cache, "s3://there-is-no-such-bucket/x")
 
 
 def test_unknown_protocols_and_packages(cache: Path):
@@ -571,6 +757,8 @@ def test_unknown_protocols_and_packages(cache: Path):
         push(cache, "s4://bucket/x")
     with pytest.raises(ConfigError, match=r"softlabels\[share\]"):
         push(cache, "lakefs://repository/main/x")
+    with pytest.raises(ConfigError, match=r"s3://\[bucket/x is no URL"):
+        push(cache, "s3://[bucket/x")
 
 
 # ------------------------------------------------------------------------------------------------------ the commands

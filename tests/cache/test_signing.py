@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from transformers import BertConfig, BertForMaskedLM
 
 from softlabels.cache import sshsig
+from softlabels.cache.beside import _here, _there
 from softlabels.cache.build import requeue
 from softlabels.cache.format import read_manifest
-from softlabels.cache.signing import SIGNATURE, SUMS, sign_cache
+from softlabels.cache.pull import pull
+from softlabels.cache.push import push
+from softlabels.cache.signing import SIGNATURE, SUMS, sign_cache, signature_faults
 from softlabels.cache.sshsig import PublicKey, SignatureFault, check, load_private_key, load_signers, sign
+from softlabels.cache.urls import Place
 from softlabels.cache.verify import verify_cache
 from softlabels.cli import _guarded
 from softlabels.config import DumpOptions
@@ -230,6 +235,54 @@ def test_options_that_exclude_each_other(cache: Path, capsys: pytest.CaptureFixt
 
 
 # ------------------------------------------------------------------------------------------------------------- SSHSIG
+
+
+def test_a_strangers_spaces_take_no_time() -> None:
+    """A pattern tried them in every way: 800 took half a second, and eight times as long when doubled."""
+    began = time.process_time()
+    for end in (b"!", b"-----END SSH SIGNATURE-----", b""):
+        with pytest.raises(SignatureFault, match="no SSH signature"):
+            check(b"", b"-----BEGIN SSH SIGNATURE-----" + b" " * 60_000 + end)
+    assert time.process_time() - began < 5
+
+
+def test_a_name_with_a_space_is_signed_and_one_that_no_list_holds_is_not(cache: Path) -> None:
+    (cache / "tokenizer" / "a b.json").write_bytes(b"{}")
+    manifest = read_manifest(cache)
+    sign_cache(cache, manifest, KEY)
+    assert list(signature_faults(cache, manifest, [public(KEY).fingerprint], list(manifest.fields))) == []
+    (cache / "tokenizer" / "é.json").write_bytes(b"{}")
+    with pytest.raises(CacheError, match=r"a file whose name no list can hold.*é\.json"):
+        sign_cache(cache, manifest, KEY)
+
+
+def test_a_new_signature_replaces_the_one_of_before_a_field_was_added(cache: Path, tmp_path: Path) -> None:
+    url, back = f"file://{tmp_path}/there", tmp_path / "back"
+    fields, signers = sorted(read_manifest(cache).fields), [public(KEY).fingerprint]
+    push(cache, url, fields=fields[:1])
+    pull(url, tmp_path / "part")
+    sign_cache(tmp_path / "part", read_manifest(tmp_path / "part"), KEY)
+    push(tmp_path / "part", url)
+    pull(url, back)
+    assert list(signature_faults(back, read_manifest(back), signers, fields[:1])) == []
+    push(cache, url)
+    pull(url, back)
+    assert list(signature_faults(back, read_manifest(back), signers, fields)) == []
+    pull(url, tmp_path / "part")  # one that was signed here gives way likewise
+    assert list(signature_faults(tmp_path / "part", read_manifest(tmp_path / "part"), signers, fields)) == []
+
+
+def test_lists_as_long_as_a_manifest_travel(tmp_path: Path) -> None:
+    """A manifest of 100,000 shards has more than the 16 MB that a card may have."""
+    here = tmp_path / "here"
+    here.mkdir()
+    place = Place(f"file://{tmp_path}")
+    (here / SUMS).write_bytes(b"x" * 17_000_000)
+    place.put_bytes(SUMS, b"x" * 17_000_000)
+    assert len(_here(here, SUMS) or b"") == len(_there(place, SUMS) or b"") == 17_000_000
+    place.put_bytes("README.md", b"x" * 17_000_000)
+    with pytest.raises(CacheError, match="more than"):
+        _there(place, "README.md")
 
 
 def test_a_signature_is_the_same_twice_and_of_its_message_alone() -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import softlabels
 from softlabels.cache import open_cache, stream, transfer
+from softlabels.cache.format import shard_file
 from softlabels.cache.push import push
-from softlabels.cache.stream import parse_size
+from softlabels.cache.remote import open_remote
+from softlabels.cache.stream import ShardStore, open_store, parse_size
+from softlabels.cache.transfer import RemoteFile
+from softlabels.cache.urls import Place
 from softlabels.corpus import read_corpus
 from softlabels.errors import CacheError, ConfigError
 from tests.cache.made import rows_of, write_cache
@@ -141,6 +148,58 @@ def test_a_student_from_a_url_is_the_one_from_the_folder(tmp_path: Path, quick: 
     assert weights[0] == weights[1]
 
 
+def test_what_two_processes_want_comes_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    push(cache, f"file://{tmp_path}/there", compress=True)
+    stores, fetched = [open_store(open_remote(f"file://{tmp_path}/there")) for _ in range(3)], []
+    fetch, together = transfer._fetch, threading.Barrier(3)
+
+    def slow(place: Place, file: RemoteFile, *rest: Any) -> str:
+        fetched.append(file.name)
+        time.sleep(0.3)
+        return fetch(place, file, *rest)
+
+    def want(store: ShardStore) -> None:
+        together.wait()
+        store.fetch("hidden.06", 3)
+
+    monkeypatch.setattr(transfer, "_fetch", slow)
+    threads = [threading.Thread(target=want, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+    came = shard_file(stores[0].folder, "hidden.06", 3)
+    assert came.read_bytes() == shard_file(cache, "hidden.06", 3).read_bytes()
+    assert not list((tmp_path / "local").rglob(".tmp-*"))
+
+
+def test_what_is_asked_for_as_the_last_worker_leaves_is_not_forgotten(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A worker that has waited in vain leaves; what came between its being counted and its leaving had nobody."""
+    push(cache, f"file://{tmp_path}/there")
+    monkeypatch.setattr(stream, "_THREADS", 1)
+    store = open_store(open_remote(f"file://{tmp_path}/there"))
+    store.ahead([("logits", 1)])
+
+    class Slow:
+        def __init__(self, queue: Any) -> None:
+            self.queue, self.get, self.empty = queue, queue.get, queue.empty
+
+        def put(self, key: tuple[str, int]) -> None:
+            time.sleep(1.3)
+            self.queue.put(key)
+
+    store.fetch("logits", 1)
+    monkeypatch.setattr(store, "_waiting", Slow(store._waiting))
+    store.ahead([("logits", 2)])
+    came = threading.Thread(target=store.fetch, args=("logits", 2), daemon=True)
+    came.start()
+    came.join(20)
+    assert not came.is_alive()
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("20GB", 20 * 10**9), ("500 mb", 5 * 10**8), ("1.5g", 15 * 10**8), ("7", 7)]
 )
@@ -148,7 +207,7 @@ def test_sizes(text: str, size: int):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "10 parsecs", "0"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "10 parsecs", "0", "9" * 400 + "GB"])
 def test_no_sizes(text: str):
     with pytest.raises(ConfigError, match="such as 20GB"):
         parse_size(text)
