@@ -153,16 +153,7 @@ class CacheBuild:
 
     def finish(self) -> Manifest:
         """Write the final manifest from the receipts, so that readers need nothing else."""
-        found = self._whole_receipts()
-        examples, tables = found[EXAMPLES], {}
-        for field, receipts in found.items():
-            for shard, (receipt, example) in enumerate(zip(receipts, examples, strict=True)):
-                if receipt.join != example.join:
-                    raise CacheError(
-                        f"{shard_file(self.folder, field, shard)} belongs to other examples than this cache's: "
-                        f"delete the folder {self.folder / field} and dump the field again"
-                    )
-            tables[field] = ShardTable.of(receipts)
+        examples, tables = self._read_receipts()
         corpus = self.manifest.corpus.model_copy(update={"truncated": sum(r.truncated for r in examples)})
         whole = self.manifest.model_dump() | {
             "complete": True,
@@ -182,17 +173,37 @@ class CacheBuild:
             write_file(self.folder / RECEIPT, rest)
         return final
 
-    def _whole_receipts(self) -> dict[str, list[Receipt]]:
-        """Of every field, the receipts of all shards; CacheError where some are not whole, which a dump then redoes."""
-        found: dict[str, list[Receipt]] = {}
+    def _read_receipts(self) -> tuple[list[Receipt], dict[str, ShardTable]]:
+        """The receipts of `examples`, and every field's table: two million receipts at once would take 2 GB.
+
+        CacheError where shards are not whole, which a dump then redoes, or belong to other examples.
+        """
+        examples: list[Receipt] = []
+        tables: dict[str, ShardTable] = {}
         broken: list[Path] = []
+        foreign: list[Path] = []
         for field in (EXAMPLES, *self.manifest.fields):
-            receipts = found[field] = []
+            receipts: list[Receipt] = []
             for shard, receipt in enumerate(self._whole_receipts_of(field, self.shards())):
                 if receipt is None:
                     broken.append(receipt_file(self.folder, field, shard))
                 else:
                     receipts.append(receipt)
+            examples = examples or receipts
+            if not broken:
+                pairs = enumerate(zip(receipts, examples, strict=True))
+                foreign += [shard_file(self.folder, field, shard) for shard, (a, b) in pairs if a.join != b.join]
+                tables[field] = ShardTable.of(receipts)
+        self._refuse_broken(broken)
+        if foreign:
+            folder = foreign[0].parent
+            raise CacheError(
+                f"{foreign[0]} belongs to other examples than this cache's: delete the folder {folder} and dump the "
+                f"field again"
+            )
+        return examples, tables
+
+    def _refuse_broken(self, broken: Sequence[Path]) -> None:
         for path in broken:
             path.unlink(missing_ok=True)  # or a later claim, by the names alone, would take the shard for whole
         if broken:
@@ -203,7 +214,6 @@ class CacheBuild:
                 f"{self.folder} has {count} missing or not as written (the first is {first.parent.name}/{first.stem}): "
                 f"give {again} again, to have them made anew"
             )
-        return found
 
 
 @dataclass(frozen=True, slots=True)
