@@ -275,7 +275,7 @@ def test_rows_that_have_no_place_are_refused_before_they_travel(cache: Path, tmp
     make_cache(tmp_path / "other", fields=["logits"], rows=50)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.odt").write_bytes(b"years of work")
-    for folder, words in (("other", r"holds x.csv, and rows 0:20 of x.csv are others"), ("thesis", "not empty and no cache")):
+    for folder, words in (("other", "rows 0:20 of x.csv are others"), ("thesis", "not empty and no cache")):
         with pytest.raises(CacheError, match=words):
             pull(f"file://{tmp_path}/there", tmp_path / folder, rows=(0, 20))
         with pytest.raises(CacheError, match=words):
