@@ -94,6 +94,7 @@ def test_two_processes_give_the_bytes_of_one(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_has_its_shard_done_by_another(teacher: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
 
