@@ -77,29 +77,34 @@ print(json.dumps([time.perf_counter() - started, peak() - before, found]))
 """
 
 
-def make(folder: Path, *, shards: int, fields: int) -> tuple[bytes, bytes]:
-    """A cache's folder in which every file is there; its manifest finished, and as it is while it is dumped."""
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    size = f"{BYTES:012x}"
-    content = manifest_of(shards, fields)
-    for table in content["shards"].values():
-        table["sizes"] = size * shards
-    content |= {"shard_tokens": [ROWS * TOKENS] * shards, "tokenizer_hash": tokenizer_hash(load_tokenizer(folder))}
-    manifest = Manifest.model_validate(content)
-    receipt = Receipt(rows=ROWS, tokens=ROWS * TOKENS, bytes=BYTES, xxh3_128="0" * 32, join="0" * 32)
-    files = _sources(folder.with_name("shard"), b"x" * BYTES)
-    receipts = _sources(folder.with_name("receipt"), to_json(receipt))
-    here = some_fields(manifest, HERE)
-    folder.with_name("here").mkdir()
-    (folder.with_name("here") / MANIFEST).write_bytes(to_json(here))
-    for place in [folder / field for field in (EXAMPLES, *manifest.fields)] + [
-        folder.with_name("here") / field for field in (EXAMPLES, *here.fields)
-    ]:
-        place.mkdir()
-        for shard in range(shards):
-            os.link(next(files), place / shard_name(shard))
-            os.link(next(receipts), place / receipt_name(shard))
-    return to_json(manifest), to_json(manifest.model_copy(update=UNFINISHED))
+class Made:
+    """A cache's folder that grows; and one beside it, of a colleague who has its rows and a field."""
+
+    def __init__(self, folder: Path, fields: int) -> None:
+        self.folder, self.fields, self.shards = folder, fields, 0
+        receipt = Receipt(rows=ROWS, tokens=ROWS * TOKENS, bytes=BYTES, xxh3_128="0" * 32, join="0" * 32)
+        tiny_tokenizer().save_pretrained(folder / "tokenizer")
+        self._files = _sources(folder.with_name("shard"), b"x" * BYTES)
+        self._receipts = _sources(folder.with_name("receipt"), to_json(receipt))
+
+    def grow(self, shards: int) -> tuple[bytes, bytes]:
+        """Every file of `shards` shards is there; the manifest when all is finished, and while it is dumped."""
+        content = manifest_of(shards, self.fields)
+        for table in content["shards"].values():
+            table["sizes"] = f"{BYTES:012x}" * shards
+        hashed = tokenizer_hash(load_tokenizer(self.folder))
+        content |= {"shard_tokens": [ROWS * TOKENS] * shards, "tokenizer_hash": hashed}
+        manifest = Manifest.model_validate(content)
+        here, theirs = some_fields(manifest, HERE), self.folder.with_name("here")
+        places = [self.folder / field for field in (EXAMPLES, *manifest.fields)]
+        for place in [*places, *(theirs / field for field in (EXAMPLES, *here.fields))]:
+            place.mkdir(parents=True, exist_ok=True)
+            for shard in range(self.shards, shards):
+                os.link(next(self._files), place / shard_name(shard))
+                os.link(next(self._receipts), place / receipt_name(shard))
+        (theirs / MANIFEST).write_bytes(to_json(here))
+        self.shards = shards
+        return to_json(manifest), to_json(manifest.model_copy(update=UNFINISHED))
 
 
 def _sources(place: Path, content: bytes) -> Iterator[Path]:
@@ -121,12 +126,12 @@ def measure(folder: Path, step: str, runs: int) -> tuple[float, float, Any]:
     return statistics.median(run[0] for run in found), statistics.median(run[1] for run in found), found[0][2]
 
 
-def measure_all(folder: Path, *, shards: int, fields: int, runs: int) -> dict[str, tuple[float, float]]:
+def measure_all(made: Made, *, shards: int, runs: int) -> dict[str, tuple[float, float]]:
     """Of every step, seconds and bytes at this size."""
-    finished, begun = make(folder, shards=shards, fields=fields)
-    figures = {}
+    finished, begun = made.grow(shards)
+    folder, figures = made.folder, {}
     left = [folder / "logits" / receipt_name(shard) for shard in range(0, shards, LEFT)]
-    wanted = {"open": shards, "claim": len(left), "verify": fields, "pull": [shards, 2 * shards]}
+    wanted = {"open": shards, "claim": len(left), "verify": made.fields, "pull": [shards, 2 * shards]}
     for step in STEPS:
         (folder / MANIFEST).write_bytes(begun if step == "claim" else finished)
         (folder / RECEIPT).write_bytes(to_json(folder_receipt(folder, finished)))
@@ -149,9 +154,12 @@ def main() -> None:
     given = parser.parse_args()
     sizes = [given.shards // 4, given.shards // 2, given.shards]
     figures = {}
-    for shards in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            figures[shards] = measure_all(Path(name) / "cache", shards=shards, fields=given.fields, runs=given.runs)
+    with tempfile.TemporaryDirectory() as name:
+        made = Made(Path(name) / "cache", given.fields)
+        for shards in sizes:
+            figures[shards] = measure_all(made, shards=shards, runs=given.runs)
+            found = [f"{step} {seconds:.2f} s" for step, (seconds, _) in figures[shards].items()]
+            print(f"{shards:,} shards: {', '.join(found)}", file=sys.stderr, flush=True)
     files, tokens = (given.fields + 1) * given.shards, given.shards * ROWS * TOKENS
     print(f"{tokens:.0e} tokens: {files:,} shard files and as many receipts; medians of {given.runs}")
     print(f"{'':<10}" + "".join(f"{f'{shards:,} shards':>24}" for shards in sizes) + f"{'growth':>18}")
