@@ -109,13 +109,12 @@ def sweep_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def temporary_files(folder: Path) -> list[Path]:
-    """What a writer has begun, or a killed one left: in `folder` and in the folders in it, links not followed."""
+def temporary_files(folder: Path, *, inside: bool = True) -> list[Path]:
+    """What a writer has begun or a killed one left: in `folder`, and `inside` the folders in it, but not behind links."""
     with os.scandir(folder) as entries:
         found = list(entries)
-    inside = [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
     left = [Path(entry.path) for entry in found if entry.name.startswith(TEMPORARY)]
-    for place in inside:
+    for place in [Path(entry.path) for entry in found if inside and entry.is_dir(follow_symlinks=False)]:
         if not place.name.startswith(TEMPORARY):
             left += [place / name for name in os.listdir(place) if name.startswith(TEMPORARY)]
     return sorted(left)

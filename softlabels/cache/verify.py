@@ -186,7 +186,7 @@ class _Check:
                 f"cache {self.folder} has no field {', '.join(sorted(unknown))}; it has {', '.join(manifest.fields)}"
             )
         self.fields = sorted(manifest.fields if fields is None else set(fields))
-        self._check_leftovers(manifest)
+        self._check_leftovers(manifest, quick=quick)
         self._check_settings(manifest)
         if manifest.complete and quick:
             _check_sizes(self, manifest)
@@ -195,8 +195,10 @@ class _Check:
         else:
             _check_begun(self, manifest)
 
-    def _check_leftovers(self, manifest: Manifest) -> None:
-        left = [path.relative_to(self.folder).as_posix() for path in temporary_files(self.folder)]
+    def _check_leftovers(self, manifest: Manifest, *, quick: bool) -> None:
+        """Notes of what a stopped writer left; with `quick` beside the fields' folders only, which aren't listed."""
+        found = temporary_files(self.folder, inside=not quick)
+        left = [path.relative_to(self.folder).as_posix() for path in found]
         if left:
             self.notes.append(
                 f"{len(left)} temporary file(s) of a dump that was stopped ({_some(left)}): the next dump removes them"
