@@ -110,7 +110,7 @@ def sweep_temporary(folder: Path) -> None:
 
 
 def temporary_files(folder: Path, *, inside: bool = True) -> list[Path]:
-    """What a writer has begun or a killed one left: in `folder`, and `inside` the folders in it, but not behind links."""
+    """What a writer has begun or a killed one left: in `folder` and, `inside`, in its folders, links not followed."""
     with os.scandir(folder) as entries:
         found = list(entries)
     left = [Path(entry.path) for entry in found if entry.name.startswith(TEMPORARY)]
