@@ -26,6 +26,7 @@ from softlabels.cache.format import (
     MANIFEST_LIMIT,
     RECEIPT,
     TEMPORARY,
+    UNFINISHED,
     VERSION,
     CorpusCard,
     DumpCard,
@@ -130,7 +131,7 @@ class CacheBuild:
         with self.claim.alone():
             now = read_manifest(self.folder)  # another part may have more fields
             fields = now.fields | self.manifest.fields
-            build = replace(self, manifest=now.model_copy(update=_UNFINISHED | {"fields": fields}))
+            build = replace(self, manifest=now.model_copy(update=UNFINISHED | {"fields": fields}))
             if build.all_missing(build.shards()):
                 return None
             final = build.finish()
@@ -309,10 +310,7 @@ def _bytes_of(folder: Path, name: str) -> bytes | None:
 def requeue(folder: Path, manifest: Manifest) -> None:
     """Make a finished cache an unfinished one: the dump that made it then does what has no receipt."""
     (folder / RECEIPT).unlink(missing_ok=True)
-    write_file(folder / MANIFEST, to_json(manifest.model_copy(update=_UNFINISHED)))
-
-
-_UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
+    write_file(folder / MANIFEST, to_json(manifest.model_copy(update=UNFINISHED)))
 
 
 @contextmanager
@@ -388,11 +386,9 @@ def _begin(
 
 def _begun(build: CacheBuild, save: Callable[[], None]) -> CacheBuild:
     folder, manifest = build.folder, build.manifest
-    _refuse_links(folder)
-    previous = _previous(folder)
+    previous = _previous_of(folder, manifest)
     if previous is not None:
-        _refuse_differences(folder, previous, manifest)
-        manifest = previous.model_copy(update=_UNFINISHED | {"fields": previous.fields | manifest.fields})
+        manifest = previous.model_copy(update=UNFINISHED | {"fields": previous.fields | manifest.fields})
     if build.claim is None:
         build.sweep()
     else:
@@ -406,10 +402,16 @@ def _begun(build: CacheBuild, save: Callable[[], None]) -> CacheBuild:
 def refuse_another(folder: Path, manifest: Manifest) -> None:
     """CacheError where `folder` holds what a cache of `manifest` can't be begun or gone on with in; nothing is made."""
     if folder.is_dir():
-        _refuse_links(folder)
-        previous = _previous(folder)
-        if previous is not None:
-            _refuse_differences(folder, previous, manifest)
+        _previous_of(folder, manifest)
+
+
+def _previous_of(folder: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest that a cache of `manifest` goes on from, None where it begins; CacheError: it can do neither."""
+    _refuse_links(folder)
+    previous = _previous(folder)
+    if previous is not None:
+        _refuse_differences(folder, previous, manifest)
+    return previous
 
 
 def _refuse_links(folder: Path) -> None:

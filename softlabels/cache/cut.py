@@ -17,9 +17,9 @@ from softlabels.cache.build import derive_cache, refuse_another
 from softlabels.cache.combine import small_files, write_shards
 from softlabels.cache.concatenate import Piece, PieceWriter, cut_pieces
 from softlabels.cache.files import lock
-from softlabels.cache.format import EXAMPLES, MANIFEST, Manifest, read_manifest, read_receipt
+from softlabels.cache.format import EXAMPLES, MANIFEST, UNFINISHED, Manifest, read_manifest, read_receipt
 from softlabels.cache.members import labelled_rows
-from softlabels.cache.pull import UNFINISHED, Fetched, PullReport, fetch_shard, make_report
+from softlabels.cache.pull import Fetched, PullReport, fetch_shard, make_report
 from softlabels.cache.reader import Cache
 from softlabels.cache.remote import Remote, some_fields
 from softlabels.cache.shards import count_targets, list_lengths

@@ -147,11 +147,12 @@ LIST_LIMIT = 2**31 - 1  # values in a list column of one record batch: its offse
 
 FIELD_NAME = re.compile(r"[a-z][a-z_]{0,30}(\.[0-9]{2,4})?(@[a-z]{1,10})?")
 RECEIPT = "receipt.json"
+# what a manifest says while shards are still to come
+UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
 # What a reader takes from strangers: a manifest of 100,000 shards and 20 fields has 100 MB and 200,000 values.
 MANIFEST_LIMIT, RECEIPT_LIMIT, SETTINGS_LIMIT = 1 << 28, 1 << 16, 1 << 24  # bytes
 _MOST_VALUES = 2_000_000  # in one JSON file
 _SIZE = 12  # hex characters of a file's size in a shard table
-_NOTHING = "0" * _SIZE
 Hex128 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]
@@ -235,7 +236,7 @@ class ShardTable(_Part):
         count, rest = divmod(len(self.sizes), _SIZE)
         if rest or len(self.xxh3_128) != 32 * count or not (is_hex(self.sizes) and is_hex(self.xxh3_128)):
             raise ValueError("a shard table needs 12 hex characters of size and 32 hex characters of hash a shard")
-        if _NOTHING in self.sizes and any(self.size(shard) == 0 for shard in range(count)):
+        if not self.all_sizes().all():
             raise ValueError("a shard has no bytes")
         return self
 

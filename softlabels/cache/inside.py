@@ -29,9 +29,13 @@ def open_inside(folder: Path, *names: str) -> int:
         for name in names[:-1]:
             above, parent = parent, _open_at(parent, name, os.O_DIRECTORY, path)
             os.close(above)
-        handle = _open_at(parent, names[-1], os.O_NONBLOCK, path)
+        return _open_file(parent, names[-1], path)
     finally:
         os.close(parent)
+
+
+def _open_file(parent: int, name: str, path: Path | str) -> int:
+    handle = _open_at(parent, name, os.O_NONBLOCK, path)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise CacheError(f"{path} is no regular file: refused. Copy the cache again, with its files and no links")
@@ -67,11 +71,7 @@ def open_folder(folder: Path, name: str) -> int:
 
 def read_at(place: int, name: str, *, limit: int) -> bytes:
     """As `read_inside`, in a folder that is open: for files by the million."""
-    handle = _open_at(place, name, os.O_NONBLOCK, name)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CacheError(f"{name} is no regular file: refused")
-    return _read_all(handle, name, limit)
+    return _read_all(_open_file(place, name, name), name, limit)
 
 
 def _read_all(handle: int, path: Path | str, limit: int) -> bytes:

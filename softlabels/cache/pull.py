@@ -19,6 +19,7 @@ from softlabels.cache.format import (
     MANIFEST,
     RECEIPT,
     TEMPORARY,
+    UNFINISHED,
     Manifest,
     Receipt,
     read_manifest,
@@ -45,7 +46,6 @@ from softlabels.errors import CacheError
 from softlabels.progress import progress
 
 _LARGEST = 1 << 36  # bytes of a small file: an output head may have gigabytes
-UNFINISHED = {"complete": False, "shard_rows": [], "shard_tokens": [], "join": "", "shards": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +134,15 @@ def plan_pull(
         if not whole:
             refuse_rows(some_fields(remote.manifest, chosen), folder, span)
         shards = shards_of(remote.manifest, span)
-    wanted = _wanted(folder, remote, chosen) if whole and folder.is_dir() else some_fields(remote.manifest, chosen)
+    goes_on = whole and folder.is_dir()
+    wanted = some_fields(remote.manifest, chosen)
+    if goes_on:
+        wanted = _wanted(folder, _previous(folder), remote, chosen)
     names = [EXAMPLES, *(name for name in sorted(wanted.fields) if name in remote.manifest.fields)]
     files, there, missing, travels = len(names) * len(shards), 0, 0, 0
     for name in names:
         table, card = remote.manifest.shards[name], remote.card(name)
-        lacking = set(shards)
-        if whole and folder.is_dir():
-            lacking = {wrong.shard for wrong in wrong_sizes(folder, remote.manifest, [name])}
+        lacking = {wrong.shard for wrong in wrong_sizes(folder, remote.manifest, [name])} if goes_on else set(shards)
         there += sum(table.size(shard) for shard in shards if shard not in lacking)
         missing += len(lacking)
         travels += sum(remote.shard_size(name, shard, card) for shard in lacking)
@@ -159,18 +160,15 @@ def plan_pull(
 
 def _begin(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
     """The manifest that the folder will have; while it is fetched, and if it had none, an unfinished one is there."""
-    previous, final = _previous(folder), _wanted(folder, remote, chosen)
+    previous = _previous(folder)
+    final = _wanted(folder, previous, remote, chosen)
     if previous is None or not previous.complete:
         write_file(folder / MANIFEST, to_json(final.model_copy(update=UNFINISHED)))
     return final
 
 
-def _wanted(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
+def _wanted(folder: Path, previous: Manifest | None, remote: Remote, chosen: Sequence[str]) -> Manifest:
     """The manifest that the folder will have with the `chosen` fields; CacheError where they can't be put there."""
-    for path in folder.iterdir():
-        if path.is_symlink():
-            raise CacheError(f"{path} is a link, and a pull follows none: put the real folder in its place")
-    previous = _previous(folder)
     wanted = some_fields(remote.manifest, chosen)
     if previous is None:
         return wanted
@@ -191,6 +189,10 @@ def _wanted(folder: Path, remote: Remote, chosen: Sequence[str]) -> Manifest:
 
 
 def _previous(folder: Path) -> Manifest | None:
+    """The manifest that the folder has; CacheError where it holds links, or anything that is no cache."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise CacheError(f"{path} is a link, and a pull follows none: put the real folder in its place")
     if os.path.lexists(folder / MANIFEST):
         return read_manifest(folder)
     strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))

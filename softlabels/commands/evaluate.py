@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softlabels.commands.options import CorpusArgument, Json, Label, Rows, Text
+from softlabels.commands.options import CorpusArgument, Json, Label, Rows, RunFolder, Text
 from softlabels.commands.show import print_json
 from softlabels.errors import ConfigError
 from softlabels.tables import evaluation_table, show_facts
@@ -22,7 +22,7 @@ EXAMPLES = (
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder of a student")],
+    run: RunFolder,
     corpus: CorpusArgument,
     cache: Annotated[
         Path | None,

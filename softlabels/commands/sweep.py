@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softlabels.commands.options import Cpu, Json, Label, Text, ray_options
+from softlabels.commands.options import Cpu, EvalSplit, Json, Label, Text, ray_options
 from softlabels.commands.show import print_json
 from softlabels.errors import ConfigError
 from softlabels.tables import lay_out
@@ -77,7 +77,7 @@ def sweep(
             "on these rows; by default each trial holds a tenth of the cache out",
         ),
     ] = None,
-    eval_split: Annotated[str | None, typer.Option(help="the split of the --eval corpus")] = None,
+    eval_split: EvalSplit = None,
     test_corpus: Annotated[
         str | None,
         typer.Option("--test", metavar="CORPUS", help="labelled rows that are scored too, and choose nothing"),

@@ -28,8 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from softlabels.cache.build import tokenizer_hash
-from softlabels.cache.format import EXAMPLES, MANIFEST, RECEIPT, Manifest, Receipt, receipt_name, shard_name, to_json
-from softlabels.cache.pull import UNFINISHED
+from softlabels.cache.format import (
+    EXAMPLES,
+    MANIFEST,
+    RECEIPT,
+    UNFINISHED,
+    Manifest,
+    Receipt,
+    receipt_name,
+    shard_name,
+    to_json,
+)
 from softlabels.cache.remote import some_fields
 from softlabels.cache.settings import folder_receipt, load_tokenizer
 from tests.bench.bench_manifest import FIELDS, ROWS, SHARDS, manifest_of
