@@ -174,6 +174,7 @@ LAYER_LOSSES = (
     "alp_tokens",
     "ckd",
     "ckd_cls",
+    "ckd_unit",
     "emd",
     "emd_attention",
 )

@@ -23,7 +23,7 @@ from softlabels.losses.attention import (
     attention_scores_ce,
     attention_scores_mse,
 )
-from softlabels.losses.cross_layer import alp, alp_tokens, ckd, ckd_cls
+from softlabels.losses.cross_layer import alp, alp_tokens, ckd, ckd_cls, ckd_unit
 from softlabels.losses.decoupled import dkd
 from softlabels.losses.dist import dist
 from softlabels.losses.divergences import jsd, skew_kl, skew_reverse_kl, tvd
@@ -119,11 +119,13 @@ _ON_GROUPS: Mapping[str, tuple[GroupLoss, str]] = {
     "alp_tokens": (alp_tokens, "hidden"),
     "ckd": (ckd, "hidden"),
     "ckd_cls": (ckd_cls, "hidden_cls"),
+    "ckd_unit": (ckd_unit, "hidden"),
     "emd": (emd, "hidden"),
     "emd_attention": (emd_attention, "attention_scores"),
 }
 GROUP_LOSSES: Mapping[str, GroupLoss] = {name: loss for name, (loss, _) in _ON_GROUPS.items()}
-CONCATENATED = frozenset({"ckd", "ckd_cls"})  # what they project is the teacher's layers, one behind the other
+CONCATENATED = frozenset({"ckd", "ckd_cls", "ckd_unit"})  # look at the teacher's layers, one behind the other
+WIDENED = frozenset({"ckd_unit"})  # of these: project the student's states, and not the joined ones
 TRANSPORT = frozenset({"emd", "emd_attention"})  # look at all layers of both sides at once, with a weight for each
 
 LAYER_LOSSES: Mapping[str, LayerLoss | GroupLoss] = {**PAIR_LOSSES, **GROUP_LOSSES}

@@ -23,7 +23,7 @@ from softlabels.captures.live import live_signals, prepare_student
 from softlabels.checkpoint import Progress
 from softlabels.config import Phase, StudentOptions
 from softlabels.errors import ConfigError, StudentError
-from softlabels.losses import CONCATENATED
+from softlabels.losses import CONCATENATED, WIDENED
 from softlabels.objective import Objective, Term, layer_weights, teacher_width
 from softlabels.optimizer import ParameterGroup, build_optimizer, clip_gradients
 from softlabels.phases import frozen, parameters_of
@@ -202,7 +202,8 @@ def _widths(term: Term, says: Signals, cache: Cache) -> tuple[tuple[int, int], .
         ours = [says.hidden(layer).shape[-1] for layer in group.student]
         theirs = [teacher_width(cache, layer) for layer in group.teacher]
         if term.loss in CONCATENATED:
-            widths.append((sum(theirs), ours[0]))
+            joined = sum(theirs)
+            widths.append((ours[0], joined) if term.loss in WIDENED else (joined, ours[0]))
         else:
             widths += [(width, theirs[0]) for width in ours]
     return tuple(widths)

@@ -102,7 +102,7 @@ def rows_of(name: str, split: str) -> list[dict[str, Any]]:
 
 
 def write_task(name: str, task: Task, folder: Path) -> None:
-    """train.jsonl, transfer.jsonl (the same rows, then unlabelled ones), teacher.jsonl (the same and more), dev, test."""
+    """train.jsonl, transfer.jsonl (they, then unlabelled ones), teacher.jsonl (they and more), dev and test.jsonl."""
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)

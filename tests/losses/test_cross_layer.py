@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from softlabels.errors import CacheError, ConfigError
-from softlabels.losses import CONCATENATED, GROUP_LOSSES, NEEDS, TRANSPORT
+from softlabels.losses import CONCATENATED, GROUP_LOSSES, NEEDS, TRANSPORT, WIDENED
 from softlabels.losses.penalties import parameter_norm
 from softlabels.losses.transport import LayerWeights, emd, solve_transport
 from softlabels.types import LayerGroup, LayerPair, Signals, layer_field
@@ -32,11 +32,22 @@ def joined(width: int = 6) -> nn.Linear:
         return nn.Linear(18, width, dtype=torch.float64).requires_grad_(False)
 
 
+def bucket_map(name: str, width: int = 6) -> nn.Linear:
+    """The map of `name` between a student of `width` and a bucket of three layers."""
+    if name not in WIDENED:
+        return joined(width)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return nn.Linear(width, 18, dtype=torch.float64).requires_grad_(False)
+
+
 def call(name: str, student: Signals, teacher: Signals) -> Tensor:
     loss: Callable[..., Tensor] = GROUP_LOSSES[name]
     if name in CONCATENATED:
         dtype = torch.promote_types(student.get("hidden.01").dtype, torch.float32)
-        return loss(student, teacher, layers=ONE, combine=joined(student.get("hidden.01").shape[-1]).to(dtype))
+        return loss(
+            student, teacher, layers=ONE, combine=bucket_map(name, student.get("hidden.01").shape[-1]).to(dtype)
+        )
     return loss(student, teacher, layers=ALL if name in TRANSPORT else ONE)
 
 
@@ -57,6 +68,13 @@ def bucket_distance(own: Vector, theirs: list[Vector]) -> float:
     linear, bucket = joined(len(own)), [value for other in theirs for value in other]
     told = [dot(row, bucket) + bias for row, bias in zip(linear.weight.tolist(), linear.bias.tolist(), strict=True)]
     return mean([(a - b) ** 2 for a, b in zip(own, told, strict=True)])
+
+
+def unit_distance(own: Vector, theirs: list[Vector]) -> float:
+    linear, bucket = bucket_map("ckd_unit", len(own)), [value for other in theirs for value in other]
+    told = [dot(row, own) + bias for row, bias in zip(linear.weight.tolist(), linear.bias.tolist(), strict=True)]
+    (ours, ours_long), (there, there_long) = ((side, math.sqrt(dot(side, side))) for side in (told, bucket))
+    return math.fsum((a / ours_long - b / there_long) ** 2 for a, b in zip(ours, there, strict=True))
 
 
 def over_texts(distance: Callable[[Vector, list[Vector]], float], student: Signals, teacher: Signals, *, cls: bool):
@@ -81,6 +99,7 @@ REFERENCES: dict[str, Callable[[Signals, Signals], float]] = {
     "alp_tokens": lambda s, t: over_texts(mixture_distance, s, t, cls=False),
     "ckd": lambda s, t: over_texts(bucket_distance, s, t, cls=False),
     "ckd_cls": lambda s, t: over_texts(bucket_distance, s, t, cls=True),
+    "ckd_unit": lambda s, t: over_texts(unit_distance, s, t, cls=False),
     "emd": lambda s, t: transported(hidden_mse, s, t),
     "emd_attention": lambda s, t: transported(attention_scores_mse, s, t),
 }
@@ -183,8 +202,17 @@ def test_the_layer_that_is_most_alike_weighs_most() -> None:
 def test_a_bucket_that_is_joined_as_the_student_has_it_costs_nothing() -> None:
     teacher = side(2)
     told = joined()(torch.cat([teacher.hidden(layer) for layer in (0, 1, 2)], dim=-1))
-    for name in sorted(CONCATENATED):
+    for name in sorted(CONCATENATED - WIDENED):
         assert call(name, with_field(side(1), "hidden.01", told), teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_student_that_tells_the_bucket_costs_nothing_however_loudly() -> None:
+    student, widen = side(1), bucket_map("ckd_unit")
+    parts = (7 * widen(student.hidden(1))).split(6, dim=-1)
+    teacher = replace(side(2), fields={f"hidden.{layer:02d}": part for layer, part in enumerate(parts)})
+    assert call("ckd_unit", student, teacher).item() == pytest.approx(0, abs=1e-12)
+    quiet = with_field(student, "hidden.01", torch.zeros_like(student.hidden(1)))
+    assert call("ckd_unit", quiet, teacher).item() > 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in GROUP_LOSSES if name != "emd_attention"])

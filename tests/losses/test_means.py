@@ -22,7 +22,7 @@ from softlabels.losses.temperatures import cwsm, flsw
 from softlabels.losses.transport import LayerWeights
 from softlabels.types import NO_LABEL, Signals
 from tests.losses.ragged import LAYERS, side
-from tests.losses.test_cross_layer import ALL, ONE, joined
+from tests.losses.test_cross_layer import ALL, ONE, bucket_map
 
 PARTS = [2, 3, 6]  # of 4 rows: with 3 one has but a text of padding alone, with 6 two have no row at all
 ROWS, CLASSES = 4, 5
@@ -142,7 +142,7 @@ def test_losses_on_layers(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", GROUP_LOSSES)
 def test_losses_on_several_layers(name: str, count: int) -> None:
     moved: list[LayerWeights] = []
-    bucket = joined()  # once: its seed is the process's, which threads would take from each other
+    bucket = bucket_map(name)  # once: its seed is the process's, which threads would take from each other
 
     def loss(ours: Signals, theirs: Signals) -> Tensor:
         found: Callable[..., Tensor] = GROUP_LOSSES[name]
