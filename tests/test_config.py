@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from softlabels import config
 from softlabels.config import (
     Schedule,
     StudentOptions,
     build_options,
+    losses,
     parse_losses,
     parse_options,
     parse_temperature,
@@ -41,9 +41,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_the_list_of_losses_is_the_one_of_the_losses() -> None:
-    assert (tuple(LOSSES), tuple(LAYER_LOSSES)) == (config.LOSSES, config.LAYER_LOSSES)
-    assert tuple(PENALTIES) == config.PENALTIES
-    assert (tuple(MAPS), tuple(GROUP_MAPS)) == (config.MAPS, config.GROUP_MAPS)
+    assert (tuple(LOSSES), tuple(LAYER_LOSSES)) == (losses.LOSSES, losses.LAYER_LOSSES)
+    assert tuple(PENALTIES) == losses.PENALTIES
+    assert (tuple(MAPS), tuple(GROUP_MAPS)) == (losses.MAPS, losses.GROUP_MAPS)
 
 
 @pytest.mark.parametrize(
