@@ -16,8 +16,8 @@ rows; mobilebert's student is as deep and wide as MiniLM.
 
 Recipes that look at layers learn from the first rows of the cache only, LAYER_ROWS of them, labelled ones first: they
 cost ten times as much a row. So that they take as many steps as their twins, their epochs are LAYER_EPOCHS times the
-recipe's (mobilebert's, which are more, as they are). The others have as many steps as their twins too, where the recipe
-has fewer epochs.
+recipe's (mobilebert's, which are more, as they are), of tasks with many classes times `longer`. The others have as many
+steps as their twins too, where the recipe has fewer epochs.
 
 The share closed is (student − twin) / (teacher − twin) in accuracy, on means over seeds; the twin is the same student,
 trained on the labelled rows' labels alone for TWIN_EPOCHS (a transformer, TWIN_EPOCHS_OF_TRANSFORMERS). Of student and
@@ -60,13 +60,14 @@ class Task:
     epochs: int  # of the teacher
     chinese: bool = False
     of_teacher: int = 0  # more labelled rows, which the teacher alone learns from
+    longer: int = 1  # times as many epochs for transformers and their twins, which take longer to tell many classes
 
 
 TASKS = {
     "sst2": Task(labelled=1000, unlabelled=5000, test=1821, epochs=3),
     "twitter_financial_sentiment": Task(labelled=1000, unlabelled=2000, test=2000, epochs=10),  # its classes are uneven
-    "banking77": Task(labelled=1500, unlabelled=1500, test=2000, epochs=10),
-    "tnews": Task(labelled=1500, unlabelled=1500, test=2000, epochs=5, chinese=True, of_teacher=20_000),
+    "banking77": Task(labelled=1500, unlabelled=1500, test=2000, epochs=10, longer=3),
+    "tnews": Task(labelled=1500, unlabelled=1500, test=2000, epochs=5, chinese=True, of_teacher=20_000, longer=2),
 }
 SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
 # of several teachers, students or tasks, or held against another counterpart: bench_beyond has these
@@ -220,13 +221,14 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 options["rows"] = LAYER_ROWS
                 for settings in options.get("phases") or [options]:
                     usual = settings.get("epochs", options.get("epochs", 1))
-                    times = 1 if recipe_name == "mobilebert" else LAYER_EPOCHS
+                    times = task.longer * (1 if recipe_name == "mobilebert" else LAYER_EPOCHS)
                     settings["epochs"] = max(1, times * usual // scale)
             else:
                 for settings in options.get("phases") or [options]:
                     usual = settings.get("epochs", options.get("epochs", 1))
                     settings["epochs"] = max(1, max(usual, as_many_steps(task)) // scale)
-            epochs = TWIN_EPOCHS_OF_TRANSFORMERS if options["student"] == "transformer" else TWIN_EPOCHS
+            long = task.longer * TWIN_EPOCHS_OF_TRANSFORMERS
+            epochs = long if options["student"] == "transformer" else TWIN_EPOCHS
             epochs = max(1, epochs // scale)
             hard: dict[str, Any] = {
                 key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
