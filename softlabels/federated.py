@@ -36,7 +36,7 @@ from softlabels.evaluate import evaluate, score_teacher
 from softlabels.parties import split_among_parties
 from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import FederatedRecipe, on_labels_alone, plain_options
-from softlabels.run import train_run
+from softlabels.running.students import train_run
 from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, train_teacher
 from softlabels.train import check_options

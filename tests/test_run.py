@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from softlabels import run as run_module
 from softlabels.cache import open_cache
 from softlabels.cache.format import read_manifest
 from softlabels.cli import _guarded
@@ -19,6 +18,7 @@ from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, Student
 from softlabels.foresight import check_recipe
 from softlabels.recipes import Recipe, read_recipe, recipes_folder
 from softlabels.run import RunResult, run_recipe
+from softlabels.running import students as run_module
 from softlabels.runs import read_record
 from softlabels.tables import recipe_table
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer

@@ -1,0 +1,1 @@
+"""The stages of a recipe, which `softlabels.run` puts in order."""
