@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "softlabels"
 # Each module or folder of softlabels/, by place; `run` is a recipe's stages in turn. A new one gets a line.
 LAYERS = {
     "cli": ["__main__", "cli", "commands", "tables"],
-    "run": ["federated", "run", "compression", "sweep", "sweeping"],  # a sweep trains and scores
+    "run": ["federated", "run", "running", "compression", "sweep", "sweeping"],  # a sweep trains and scores
     "stage": [
         "augment",
         "plan",
