@@ -47,7 +47,7 @@ from softlabels.errors import CacheError
 from softlabels.progress import progress
 
 _THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
-_AT_ONCE = 1 << 17  # numbers of each teacher that are mixed at a time, to be in the processor's cache
+_AT_ONCE = 1 << 14  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from softlabels.errors import ConfigError
 from softlabels.types import IMAGES, NO_LABEL, Task
 
 ONE_IS_RIGHT = ("sequence-classification", "token-classification", IMAGES)  # tasks whose logits are a softmax's
+_FAINTEST = 1e-290  # a mean probability below it has lost digits, or all: it is computed by its logarithm
 MIXABLE = (*ONE_IS_RIGHT, "multi-label-classification", "regression")  # tasks with logits
 
 
@@ -72,7 +73,12 @@ class Mixing:
         weights = torch.tensor(self.weights, dtype=torch.float64).view(-1, *[1] * (values.ndim - 2))  # (T, …)
         if self.options.mean == "logits":
             return (weights * values).sum(1)
-        return (values.log_softmax(0) + weights.log()).logsumexp(1)
+        grown = (values - values.amax(0)).exp_()
+        shares = (grown * (weights / grown.sum(0))).sum(1)  # (C, …): half the time of the sum of logarithms
+        faint = shares < _FAINTEST
+        if not faint.any():
+            return shares.log_()
+        return torch.where(faint, (values.log_softmax(0) + weights.log()).logsumexp(1), shares.log())
 
 
 def _pick(values: Tensor, teacher: Tensor) -> Tensor:

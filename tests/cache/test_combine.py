@@ -21,6 +21,7 @@ from softlabels.cache.combine import combine, counted, join_of
 from softlabels.cache.combined import open_combined
 from softlabels.cache.format import MANIFEST, read_manifest, to_json
 from softlabels.cache.info import describe
+from softlabels.cache.mixing import plan_mixing
 from softlabels.cache.verify import verify_cache
 from softlabels.cli import _guarded
 from softlabels.config import CombineOptions, DumpOptions, ImportOptions, StudentOptions
@@ -138,6 +139,21 @@ def test_every_rule_is_its_formula(three: list[Path], tmp_path: Path, rule: dict
     order = np.random.default_rng(0).permutation(ROWS)
     assert torch.equal(view.signals(order, ["logits"]).logits, cache.signals(order, ["logits"]).logits)
     assert np.array_equal(view.column("logits"), cache.column("logits"))
+
+
+def test_what_no_teacher_holds_possible_has_a_logit_all_the_same() -> None:
+    """Probabilities of e^-900 are 0 in float64; their logarithms are not."""
+    mixing = plan_mixing(CombineOptions(mean="probabilities"), "sequence-classification", [["a", "b", "c"]] * 2)
+    one, other = (
+        torch.tensor([[0.0, -900.0, -2000.0], [3.0, 1.0, 2.0]]),
+        torch.tensor([[0.0, -1000.0, -5.0], [1.0] * 3]),
+    )
+    mixed = mixing.mix([one, other], torch.tensor([NO_LABEL, NO_LABEL]))
+    half, sure = math.log(0.5), math.log1p(math.exp(-5))  # log of the second teacher's sum
+    wanted = [math.log(0.5 + 0.5 * math.exp(-sure)), -900 + half, -5 - sure + half]
+    assert mixed[0].tolist() == pytest.approx(wanted, rel=1e-6)
+    alone = mixing.mix([one[1:], other[1:]], torch.tensor([NO_LABEL]))
+    assert torch.equal(mixed[1:], alone)  # whatever row is beside it
 
 
 def test_what_is_said_of_it(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
