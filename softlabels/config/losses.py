@@ -173,7 +173,8 @@ def loss_terms(losses: Losses) -> list[LossTerm]:
     return losses
 
 
-def check_all(losses: Losses) -> Losses:
+def check_terms(losses: Losses) -> Losses:
+    """`losses` unchanged; ConfigError or ValueError for none at all, unknown names, and weights that all end at 0."""
     if isinstance(losses, dict):
         return check_losses(losses)
     if not losses:
@@ -184,6 +185,7 @@ def check_all(losses: Losses) -> Losses:
 
 
 def temperature_text(value: Any) -> str:
+    """A temperature as written, checked."""
     parse_temperature(value)
     return str(value)
 
@@ -224,7 +226,7 @@ class Phase(Strict):
     @field_validator("losses")
     @classmethod
     def _losses(cls, value: Losses) -> Losses:
-        return check_all(value)
+        return check_terms(value)
 
     @property
     def terms(self) -> list[LossTerm]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from softlabels.config.losses import Losses, LossTerm, Phase, check_all, temperature_text
+from softlabels.config.losses import Losses, LossTerm, Phase, check_terms, temperature_text
 from softlabels.config.schedules import AdaptiveTemperature, parse_schedule, parse_temperature
 from softlabels.config.strict import Strict
 from softlabels.config.students import StudentOptions
@@ -89,7 +89,7 @@ class TaskChoice(Strict):
     @field_validator("losses")
     @classmethod
     def _losses(cls, value: Losses | None) -> Losses | None:
-        return None if value is None else check_all(value)
+        return None if value is None else check_terms(value)
 
 
 ANNEALED = [LossTerm(loss="teacher_annealing", options={"share": "0:1"})]  # BAM, Clark et al. 2019

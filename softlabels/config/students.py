@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from softlabels.config.losses import Losses, Phase, check_all, temperature_text
+from softlabels.config.losses import Losses, Phase, check_terms, temperature_text
 from softlabels.config.strict import Strict
 from softlabels.types import OptimizerName
 
@@ -80,7 +80,7 @@ class StudentOptions(Strict):
     @field_validator("losses")
     @classmethod
     def _losses(cls, value: Losses) -> Losses:
-        return check_all(value)
+        return check_terms(value)
 
     @model_validator(mode="after")
     def _one_way_of_saying(self) -> StudentOptions:
