@@ -20,6 +20,8 @@ from softlabels.losses.padding import (
 )
 from softlabels.types import LayerPair, Signals
 
+_FEWER = 2  # times as many channels as tokens: products of tokens are then the shorter way
+
 
 def feature_statistics(
     student: Signals,
@@ -50,12 +52,30 @@ def gram(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:
     """
     first, second = _two_layers(student, teacher, layers, "gram")
     lengths = first.mask.sum(dim=1)  # (B,)
-    grams = [
-        product(a.transpose(1, 2), b) / lengths.clamp(min=1)[:, None, None]  # (B, D1, D2)
-        for a, b in ((first.student, second.student), (first.teacher, second.teacher))
-    ]
-    texts = (grams[0] - grams[1]).square().mean(dim=(1, 2))  # (B,)
+    width, other = first.student.shape[-1], second.student.shape[-1]
+    ours, theirs = (first.student, second.student), (first.teacher, second.teacher)
+    if first.mask.shape[1] * _FEWER < min(width, other):
+        squares = _square_distance(ours, theirs) / (width * other)
+    else:
+        grams = [product(a.transpose(1, 2), b) for a, b in (ours, theirs)]  # (B, D1, D2)
+        squares = (grams[0] - grams[1]).square().mean(dim=(1, 2))
+    texts = squares / lengths.clamp(min=1).square()  # (B,)
     return mean(texts.sum(), (lengths > 0).sum())
+
+
+def _square_distance(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Tensor:
+    """(B,) ‖S1ᵀS2 − T1ᵀT2‖² of (B, L, D) each, by way of L × L: ⟨A1ᵀA2, B1ᵀB2⟩ is the sum of (A1B1ᵀ) · (A2B2ᵀ).
+
+    In float64, for what is subtracted is much larger than what is left where both sides are alike.
+    """
+
+    def inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+        first, second = (product(a, b.transpose(1, 2)) for a, b in zip(one, other, strict=True))
+        return (first * second).sum(dim=(1, 2))
+
+    own, their = ((a.double(), b.double()) for a, b in (ours, theirs))
+    distance = inner(own, own) - 2 * inner(own, their) + inner(their, their)
+    return distance.clamp(min=0).to(ours[0].dtype)
 
 
 def nst(student: Signals, teacher: Signals, *, layers: LayerPair) -> Tensor:

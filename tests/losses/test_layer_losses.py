@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import CacheError, ConfigError
-from softlabels.losses import GROUP_LOSSES, LAYER_LOSSES, LOSSES, NEEDS, PAIR_LOSSES, PENALTIES, TWO_LAYERS
+from softlabels.losses import GROUP_LOSSES, LAYER_LOSSES, LOSSES, NEEDS, PAIR_LOSSES, PENALTIES, TWO_LAYERS, statistics
 from softlabels.types import MASKED, LayerPair, Signals, layer_field
 from tests.losses.ragged import LAYERS, causal, only, padded, side, with_field, with_junk
-from tests.losses.references import REFERENCES
+from tests.losses.references import REFERENCES, gram
 
 FIELD = {"hidden_cls": "hidden.01", "hidden": "hidden.01", "query": "query.01", "key": "key.01", "value": "value.01"}
 ENTROPIES = {"attention_ce", "attention_scores_ce"}  # not 0 between equals
@@ -185,3 +185,23 @@ def test_nothing_else_is_looked_at(name: str) -> None:
     names = [layer_field(kind, layer) + suffix for layer in ((1, 2) if name in TWO_LAYERS else (2,))]
     wanted = PAIR_LOSSES[name](student, teacher, layers=LAYERS).item()
     assert PAIR_LOSSES[name](student, only(teacher, *names), layers=LAYERS).item() == wanted
+
+
+def test_gram_by_way_of_tokens_is_gram_by_way_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of fewer tokens than half the channels take another way: its value, its gradient, and near equality."""
+    student, teacher = side(1, width=24), side(2, width=24)
+    near = replace(teacher, fields={k: v + 1e-4 * student.fields[k] for k, v in teacher.fields.items()})
+    for ours, theirs in ((student, teacher), (near, teacher), (teacher, teacher)):
+        found = []
+        for fewer in (statistics._FEWER, 10**9):
+            monkeypatch.setattr(statistics, "_FEWER", fewer)
+            values = ours.get("hidden.01").clone().requires_grad_()
+            loss = statistics.gram(with_field(ours, "hidden.01", values), theirs, layers=LAYERS)
+            (gradient,) = torch.autograd.grad(loss, values)
+            found.append((loss.item(), gradient))
+            monkeypatch.undo()
+        assert found[0][0] == pytest.approx(gram(ours, theirs, LAYERS), rel=1e-8, abs=1e-15)
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-8, abs=1e-15)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-14)
+    single = [replace(s, fields={k: v.float() for k, v in s.fields.items()}) for s in (near, teacher)]
+    assert statistics.gram(*single, layers=LAYERS).item() == pytest.approx(gram(near, teacher, LAYERS), rel=1e-2)
