@@ -223,6 +223,8 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 for settings in options.get("phases") or [options]:
                     usual = settings.get("epochs", options.get("epochs", 1))
                     times = task.longer * (1 if recipe_name == "mobilebert" else LAYER_EPOCHS)
+                    if len(options.get("phases") or [options]) == 1:
+                        usual = max(usual, as_many_layer_steps(task))
                     settings["epochs"] = max(1, times * usual // scale)
             else:
                 for settings in options.get("phases") or [options]:
@@ -246,6 +248,11 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
 def as_many_steps(task: Task) -> int:
     """Epochs of all rows in which a student takes as many steps as its twin does of the labelled ones."""
     return -(-TWIN_EPOCHS * task.labelled // (task.labelled + task.unlabelled))
+
+
+def as_many_layer_steps(task: Task) -> int:
+    """The same of LAYER_ROWS rows, before they are multiplied by LAYER_EPOCHS and `longer`."""
+    return -(-TWIN_EPOCHS_OF_TRANSFORMERS * task.labelled // (LAYER_ROWS * LAYER_EPOCHS))
 
 
 def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folder: Path) -> dict[str, Any]:
