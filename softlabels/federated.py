@@ -153,7 +153,7 @@ def run_federation(
             for party in parties
         ]
         result = FederatedResult(recipe.name, str(out), rows, agreed, len(common.examples), sent, stages.skipped)
-        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+        stages.finish(result.to_dict())
     return result
 
 

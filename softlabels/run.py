@@ -15,7 +15,6 @@ dumped as the teacher of the next. Everything lies in one folder:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabels.cache import open_cache
-from softlabels.cache.files import lock, write_file
+from softlabels.cache.files import lock
 from softlabels.compression import Distilled, Tools, check_chains, compress, tabulate
 from softlabels.config import BASE, JOINT_NAMES, JointOptions, fingerprint
 from softlabels.foresight import check_recipe, check_tasks_of_recipe, shape_assistant
@@ -120,7 +119,7 @@ def run_recipe(
         result = replace(result, compressed=compressed)
         if recipe.teachers:
             result = replace(result, teacher_accuracies=[accuracy_of(Path(each.test.path)) for each in taught_by])
-        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+        stages.finish(result.to_dict())
     return result
 
 
@@ -153,7 +152,7 @@ def run_tasks(
         for seed in recipe.seeds:
             _together(recipe, seed, stages, corpora, caches=caches, tests=tests, results=results, cpu=cpu)
         result = make_table(recipe.name, out, results, list(caches.values()), paid_once, stages.skipped)
-        write_file(out / "results.json", json.dumps(result.to_dict(), sort_keys=True, indent=1).encode())
+        stages.finish(result.to_dict())
     return result
 
 

@@ -43,8 +43,16 @@ class Stages:
         result = work()
         # an interrupted stage that went on later counts all of its time where it kept count itself
         result.setdefault("seconds", time.monotonic() - started)
-        write_file(place, json.dumps({"fingerprint": key, "result": result}, sort_keys=True, indent=1).encode())
+        _write_json(place, {"fingerprint": key, "result": result})
         return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Keep what all stages gave together in results.json."""
+        _write_json(self.out / "results.json", result)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_file(path, json.dumps(value, sort_keys=True, indent=1).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

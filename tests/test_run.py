@@ -18,7 +18,7 @@ from softlabels.errors import ConfigError, CorpusError, SoftlabelsError, Student
 from softlabels.foresight import check_recipe
 from softlabels.recipes import Recipe, read_recipe, recipes_folder
 from softlabels.run import RunResult, run_recipe
-from softlabels.running import students as run_module
+from softlabels.running import students as student_stages
 from softlabels.runs import read_record
 from softlabels.tables import recipe_table
 from tests.models import TEXTS, save_model, save_teacher, tiny_classifier, tiny_tokenizer
@@ -199,7 +199,7 @@ def test_an_interrupted_recipe_goes_on(
     whole, ran = again(place, done, *change)
     wanted = read_record(done / "students" / "small-soft-seed0").files
     out = Path(shutil.copytree(place / "done", done.parent / "interrupted"))
-    real, calls = run_module.train_student, []
+    real, calls = student_stages.train_student, []
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         import softlabels.train as train
@@ -217,7 +217,7 @@ def test_an_interrupted_recipe_goes_on(
             return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train_student", interrupted)
+        patch.setattr(student_stages, "train_student", interrupted)
         with pytest.raises(stopped):
             again(place, out, *change)
     assert calls == ["small-soft-seed0"]

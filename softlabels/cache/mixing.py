@@ -28,8 +28,8 @@ from softlabels.errors import ConfigError
 from softlabels.types import IMAGES, NO_LABEL, Task
 
 ONE_IS_RIGHT = ("sequence-classification", "token-classification", IMAGES)  # tasks whose logits are a softmax's
-_FAINTEST = 1e-290  # a mean probability below it has lost digits, or all: it is computed by its logarithm
 MIXABLE = (*ONE_IS_RIGHT, "multi-label-classification", "regression")  # tasks with logits
+_FAINTEST = 1e-290  # a mean probability below it has lost digits, or all: it is computed by its logarithm
 
 
 @dataclass(frozen=True, slots=True)

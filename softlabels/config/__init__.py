@@ -9,7 +9,7 @@ from softlabels.config.identity import fingerprint, package_versions
 from softlabels.config.losses import LAYER_LOSSES, PENALTIES, LossTerm, Phase, parse_losses
 from softlabels.config.schedules import AdaptiveTemperature, Schedule, Temperature, parse_schedule, parse_temperature
 from softlabels.config.several import JOINT_NAMES, Couple, JointOptions, MultiTaskOptions
-from softlabels.config.strict import Strict, build_options, explain, suggest
+from softlabels.config.strict import Strict, build_options, explain, refuse_doubled, suggest
 from softlabels.config.students import EvaluateOptions, PruneOptions, StudentOptions
 from softlabels.config.teachers import ASSISTANT, BASE, PRETRAINED, TEACHER, TeachableTask, TeacherTraining
 from softlabels.config.values import parse_options, parse_value, read_yaml
@@ -53,5 +53,6 @@ __all__ = [
     "parse_temperature",
     "parse_value",
     "read_yaml",
+    "refuse_doubled",
     "suggest",
 ]

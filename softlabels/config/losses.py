@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softlabels.config.schedules import parse_schedule, parse_temperature
 from softlabels.config.strict import Strict, suggest
@@ -100,6 +100,14 @@ def check_loss(name: str) -> str:
     return name
 
 
+def _temperature_text(value: Any) -> str:
+    parse_temperature(value)
+    return str(value)
+
+
+TemperatureText = Annotated[str, BeforeValidator(_temperature_text)]  # as written, checked
+
+
 class LossTerm(Strict):
     """One loss of a phase: how much it weighs and, of a loss on layers, which layers teach which."""
 
@@ -115,12 +123,7 @@ class LossTerm(Strict):
     share_projection: bool = False  # one for all pairs of the map
     project_lr: float = Field(default=1.0, gt=0)  # the projection's learning rate, as a multiple of the student's
     options: dict[str, Any] = {}  # the loss's own: {beta: 8}; a string may be a schedule ('0:1')
-    temperature: str | None = None  # by default the phase's
-
-    @field_validator("temperature", mode="before")
-    @classmethod
-    def _temperature(cls, value: Any) -> str | None:
-        return value if value is None else temperature_text(value)
+    temperature: TemperatureText | None = None  # by default the phase's
 
     @field_validator("map", mode="before")
     @classmethod
@@ -159,21 +162,7 @@ class LossTerm(Strict):
         return self
 
 
-# told apart by what is written, so that a fault is told of what was meant
-Losses = Annotated[
-    Annotated[dict[str, float], Tag("<names>")] | Annotated[list[LossTerm], Tag("<terms>")],
-    Discriminator(lambda value: "<terms>" if isinstance(value, list) else "<names>"),
-]
-
-
-def loss_terms(losses: Losses) -> list[LossTerm]:
-    """`losses` as terms: {'kl': 0.7} is short for [{loss: kl, weight: 0.7}]."""
-    if isinstance(losses, dict):
-        return [LossTerm(loss=name, weight=weight) for name, weight in losses.items()]
-    return losses
-
-
-def check_terms(losses: Losses) -> Losses:
+def _check_all(losses: dict[str, float] | list[LossTerm]) -> dict[str, float] | list[LossTerm]:
     """`losses` unchanged; ConfigError or ValueError for none at all, unknown names, and weights that all end at 0."""
     if isinstance(losses, dict):
         return check_losses(losses)
@@ -184,10 +173,19 @@ def check_terms(losses: Losses) -> Losses:
     return losses
 
 
-def temperature_text(value: Any) -> str:
-    """A temperature as written, checked."""
-    parse_temperature(value)
-    return str(value)
+# told apart by what is written, so that a fault is told of what was meant
+Losses = Annotated[
+    Annotated[dict[str, float], Tag("<names>")] | Annotated[list[LossTerm], Tag("<terms>")],
+    Discriminator(lambda value: "<terms>" if isinstance(value, list) else "<names>"),
+    AfterValidator(_check_all),
+]
+
+
+def loss_terms(losses: Losses) -> list[LossTerm]:
+    """`losses` as terms: {'kl': 0.7} is short for [{loss: kl, weight: 0.7}]."""
+    if isinstance(losses, dict):
+        return [LossTerm(loss=name, weight=weight) for name, weight in losses.items()]
+    return losses
 
 
 class Phase(Strict):
@@ -198,7 +196,7 @@ class Phase(Strict):
 
     name: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     losses: Losses
-    temperature: str = "1"
+    temperature: TemperatureText = "1"
     epochs: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0)
@@ -217,16 +215,6 @@ class Phase(Strict):
         if not isinstance(value, bool) and not 0 < value < 1:
             raise ValueError(f"progressive is true, false, or a multiple of the learning rate under 1; not {value:g}")
         return value
-
-    @field_validator("temperature", mode="before")
-    @classmethod
-    def _temperature(cls, value: Any) -> str:
-        return temperature_text(value)
-
-    @field_validator("losses")
-    @classmethod
-    def _losses(cls, value: Losses) -> Losses:
-        return check_terms(value)
 
     @property
     def terms(self) -> list[LossTerm]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from softlabels.config.losses import Losses, LossTerm, Phase, check_terms, temperature_text
+from softlabels.config.losses import Losses, LossTerm, Phase, TemperatureText
 from softlabels.config.schedules import AdaptiveTemperature, parse_schedule, parse_temperature
 from softlabels.config.strict import Strict
 from softlabels.config.students import StudentOptions
@@ -79,17 +79,7 @@ class TaskChoice(Strict):
     """What one task of several has for itself."""
 
     losses: Losses | None = None  # None: as for all tasks
-    temperature: str | None = None
-
-    @field_validator("temperature", mode="before")
-    @classmethod
-    def _temperature(cls, value: Any) -> str | None:
-        return value if value is None else temperature_text(value)
-
-    @field_validator("losses")
-    @classmethod
-    def _losses(cls, value: Losses | None) -> Losses | None:
-        return None if value is None else check_terms(value)
+    temperature: TemperatureText | None = None
 
 
 ANNEALED = [LossTerm(loss="teacher_annealing", options={"share": "0:1"})]  # BAM, Clark et al. 2019

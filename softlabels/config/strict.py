@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -15,6 +15,13 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     """ " Did you mean 'x'?" where one of `choices` is close to `word`, else the empty string."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def refuse_doubled(names: Sequence[str], what: str, *, each: str = "each") -> None:
+    """ValueError where two of `what` have one name."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"two {what} are called '{doubled[0]}': give {each} a name of its own")
 
 
 class Strict(BaseModel):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from softlabels.config.losses import Losses, Phase, check_terms, temperature_text
-from softlabels.config.strict import Strict
+from softlabels.config.losses import Losses, Phase, TemperatureText
+from softlabels.config.strict import Strict, refuse_doubled
 from softlabels.types import OptimizerName
 
 
@@ -55,7 +55,7 @@ class StudentOptions(Strict):
     student: str
     options: dict[str, Any] = {}
     losses: Losses = {"kl": 0.7, "ce": 0.3}
-    temperature: str = "1"
+    temperature: TemperatureText = "1"
     phases: list[Phase] = []  # instead of `losses` and `temperature`: several trainings, one after the other
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -72,22 +72,10 @@ class StudentOptions(Strict):
     from_run: str | None = None  # a finished run, whose student is trained further; what was pruned of it stays zero
     prune: PruneOptions | None = None  # before the first step; what is pruned stays zero
 
-    @field_validator("temperature", mode="before")
-    @classmethod
-    def _temperature(cls, value: Any) -> str:
-        return temperature_text(value)
-
-    @field_validator("losses")
-    @classmethod
-    def _losses(cls, value: Losses) -> Losses:
-        return check_terms(value)
-
     @model_validator(mode="after")
     def _one_way_of_saying(self) -> StudentOptions:
         names = [phase.name for phase in self.phases]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"two phases are called '{doubled[0]}': give each a name of its own")
+        refuse_doubled(names, "phases")
         said = {"losses", "temperature"} & self.model_fields_set
         if self.phases and any(getattr(self, key) != StudentOptions.model_fields[key].default for key in said):
             raise ValueError(f"'{sorted(said)[0]}' is said by the phases: leave it out beside 'phases'")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, MultiTaskOptions, Strict, suggest
+from softlabels.config import BASE, PRETRAINED, TEACHER, DumpOptions, MultiTaskOptions, Strict, refuse_doubled, suggest
 from softlabels.recipes.parts import CorpusChoice, TeacherChoice
 
 
@@ -35,9 +35,7 @@ class MultiTaskRecipe(Strict):
     @model_validator(mode="after")
     def _fits(self) -> MultiTaskRecipe:
         names = [task.name for task in self.tasks]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"two tasks are called '{doubled[0]}': give each a name of its own")
+        refuse_doubled(names, "tasks")
         for name in self.student.tasks:
             if name not in names:
                 raise ValueError(

@@ -16,6 +16,7 @@ from softlabels.config import (
     DumpOptions,
     Strict,
     build_options,
+    refuse_doubled,
 )
 from softlabels.recipes.parts import Assistant, CorpusChoice, EnsembleTeacher, Pretraining, StudentEntry, TeacherChoice
 
@@ -79,9 +80,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
         names = [student.name for student in self.students]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"two students are called '{doubled[0]}': give each a name of its own")
+        refuse_doubled(names, "students")
         if self.pretrain is not None and self.pretrain.student.options.get("init_from") == PRETRAINED:
             raise ValueError(f"the student of 'pretrain' can't start from '{PRETRAINED}', which is itself")
         for student in self.students:
@@ -96,8 +95,7 @@ class Recipe(Strict):
                     f"nothing: give it hard_twin: false"
                 )
         hops = [assistant.name for assistant in self.assistants]
-        if doubled := sorted({name for name in hops if hops.count(name) > 1 or name in names}):
-            raise ValueError(f"two models are called '{doubled[0]}': give each assistant a name of its own")
+        refuse_doubled([*names, *hops], "models", each="each assistant")
         if self.assistants and self.assistants[0].options.get("init_from") == ASSISTANT:
             raise ValueError(f"assistant '{hops[0]}' can't start from '{ASSISTANT}': there is none before it")
         for student in self.students:

@@ -32,6 +32,7 @@ class Starts:
     assistant: Made | None = None
 
 
+_Report = TypeVar("_Report")
 _STARTS = {"init_from", "init_layers", "init_head"}  # options that say what a student starts from
 
 
@@ -94,9 +95,6 @@ def score_stage(name: str, made: Made, stages: Stages, corpora: Corpora, test: M
     return stages.run(f"evaluate-{name}", [made.key, test.key], work) | {"train_seconds": made.seconds}
 
 
-Report = TypeVar("Report")
-
-
 def train_run(cache: Path, run: Path, options: StudentOptions, *, cpu: bool) -> dict[str, Any]:
     """Train one student into the folder `run`, as a stage; see `_in_folder` for what is there already."""
     report = _in_folder(run, RECORD, partial(train_student, open_cache(cache), out=run, options=options, cpu=cpu))
@@ -109,7 +107,7 @@ def train_together(out: Path, train: Callable[..., dict[str, TrainReport]]) -> d
     return {"seconds": max(report.train_seconds for report in reports.values())}
 
 
-def _in_folder(out: Path, receipt: str, train: Callable[..., Report]) -> Report:
+def _in_folder(out: Path, receipt: str, train: Callable[..., _Report]) -> _Report:
     """`train` in the folder `out`, which belongs to it: an unfinished training of the same configuration goes on.
 
     What is finished (it has the `receipt`), or of another configuration, makes room: it is of other inputs, and cheap.

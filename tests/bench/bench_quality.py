@@ -218,20 +218,17 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 options["phases"] = [*before, *own]
             if recipe_name in EPOCHS:
                 options["epochs"] = EPOCHS[recipe_name]
+            phases = options.get("phases") or [options]
             if options["student"] == "transformer":
                 options["rows"] = LAYER_ROWS
-                for settings in options.get("phases") or [options]:
-                    usual = settings.get("epochs", options.get("epochs", 1))
-                    times = task.longer * (1 if recipe_name == "mobilebert" else LAYER_EPOCHS)
-                    if len(options.get("phases") or [options]) == 1:
-                        usual = max(usual, as_many_layer_steps(task))
-                    settings["epochs"] = max(1, times * usual // scale)
+                times = task.longer * (1 if recipe_name == "mobilebert" else LAYER_EPOCHS)
+                least = as_many_layer_steps(task) if len(phases) == 1 else 1
+                epochs = task.longer * TWIN_EPOCHS_OF_TRANSFORMERS
             else:
-                for settings in options.get("phases") or [options]:
-                    usual = settings.get("epochs", options.get("epochs", 1))
-                    settings["epochs"] = max(1, max(usual, as_many_steps(task)) // scale)
-            long = task.longer * TWIN_EPOCHS_OF_TRANSFORMERS
-            epochs = long if options["student"] == "transformer" else TWIN_EPOCHS
+                times, least, epochs = 1, as_many_steps(task), TWIN_EPOCHS
+            for settings in phases:
+                usual = settings.get("epochs", options.get("epochs", 1))
+                settings["epochs"] = max(1, times * max(usual, least) // scale)
             epochs = max(1, epochs // scale)
             hard: dict[str, Any] = {
                 key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
