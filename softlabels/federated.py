@@ -39,7 +39,7 @@ from softlabels.recipes import FederatedRecipe, on_labels_alone, plain_options
 from softlabels.running.students import train_run
 from softlabels.stages import Made, Stages
 from softlabels.teacher import TeacherOptions, train_teacher
-from softlabels.train import check_options
+from softlabels.training.preparing import check_options
 from softlabels.types import NO_LABEL
 
 

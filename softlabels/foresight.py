@@ -24,7 +24,7 @@ from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
 from softlabels.pretrained import load_tokenizer, resolve_pretrained
 from softlabels.recipes import Assistant, MultiTaskRecipe, Pretraining, Recipe, TeacherChoice, plain_options
-from softlabels.students import LINEAR, StudentSpec, count_layers
+from softlabels.students import StudentSpec, count_layers
 from softlabels.students.shapes import read_shape
 from softlabels.teacher import teacher_task
 from softlabels.training.many_tasks import task_options
@@ -145,9 +145,7 @@ def _check_student(options: StudentOptions, seen: _Seen | None, pretrain: Pretra
     if shape is None:
         return
     dump, config, task, depth = seen.dump, seen.config, seen.task, layers_of(seen.config)
-    layers = None
-    if options.student != LINEAR:
-        layers = count_layers(options.student, _spec(shape, config, task, dump))
+    layers = count_layers(options.student, _spec(shape, config, task, dump))
     requests = resolve_layers(choose_captures(parse_captures(dump.capture), task), layers=depth)
     for phase in write_out(options.all_phases(), student_layers=layers, teacher_layers=depth):
         terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, seen.folder))

@@ -33,7 +33,9 @@ import pyarrow as pa
 import torch
 
 from softlabels.cache.build import check_rows, image_teacher_card, teacher_card
+from softlabels.cache.factors import factors_size
 from softlabels.cache.format import EXAMPLES, FieldSpec
+from softlabels.cache.vocab import parse_form
 from softlabels.cache.writer import FieldShard, examples_batch, examples_schema, labels_type
 from softlabels.captures import TeacherRun, parse_captures, prepare
 from softlabels.captures.choose import choose_captures
@@ -106,7 +108,7 @@ class Plan:
     tokens: int  # of the whole corpus, from the sample
     truncated: float  # share of the sampled rows that are cut
     fields: dict[str, int]  # bytes of each, `examples` too
-    bytes: int  # of all of them and what goes with them: receipts, and the output head for vocab:exact
+    bytes: int  # of all of them and what goes with them: receipts, and vocab's output head or factors
     speed: Speed
     maps: Maps | None  # None: no attention is asked for
     kept_mass: dict[int, dict[float, float]] | None  # of language models: k → T → probability inside the top k
@@ -330,9 +332,14 @@ def _examples_size(rows: _Sample, teacher: Teacher, options: DumpOptions) -> int
 def _beside(
     rows: _Sample, run: TeacherRun, probe: TokenBatch | ImageBatch, options: DumpOptions, *, fields: int
 ) -> int:
-    """Receipts, the manifest's tables, and the output head that vocab:exact keeps; TeacherError where it can't be."""
+    """Receipts, the manifest's tables, and what vocab's fields are read with: factors of vocab:topk=…,factors=R, the
+    output head of vocab:exact; TeacherError where it can't be kept.
+    """
+    forms = [parse_form(request.form) for request in run.requests if request.capture == "vocab"]
     small = math.ceil(rows.total / options.shard_rows) * fields * _RECEIPT
-    if all((request.capture, request.form) != ("vocab", "exact") for request in run.requests):
+    if rank := max((form.factors for form in forms), default=0):
+        small += factors_size(run.vocab_size, rank)
+    if all(form.k for form in forms):
         return small
     seen = run.forward(probe)
     assert seen.head_states is not None and seen.logits is not None  # or `fields` had said so

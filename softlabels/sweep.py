@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from softlabels.cache import Cache
 from softlabels.cache.files import lock
 from softlabels.config import CombineOptions, RayOptions
 from softlabels.corpus import Corpus
-from softlabels.errors import ConfigError
+from softlabels.errors import ConfigError, SoftlabelsError
 from softlabels.progress import progress
 from softlabels.students import check_student
 from softlabels.sweeping.optuna_search import OptunaSearch
@@ -36,12 +36,17 @@ from softlabels.sweeping.space import (
     Trial,
     check_axis,
     check_space,
+    combinations,
     count_points,
     find_points,
+    point_name,
     trials_of,
 )
 from softlabels.sweeping.training import Setting, open_caches
 from softlabels.teaching_rows import check_labelled
+from softlabels.training.preparing import find_aims, fit_to_cache
+
+_MOST_TRIED = 100  # combinations of values that are looked at before any is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,8 @@ def sweep(
 
     By default as many `jobs` as cores train at once on a CPU, each on its share of the threads, and one on a GPU;
     with `ray` the workers of a cluster train them, which see the folders under the same paths; `runner` may run trials
-    elsewhere still. A trial that fails is told by `say` and has its error in the table; the others
-    go on. ConfigError for what no trial can have, and where all failed.
+    elsewhere still. A trial that fails is told by `say` and has its error in the table; the others go on. What no
+    trial can have is refused before the first one, as its training would refuse it; ConfigError where all failed.
     """
     started, folder = time.monotonic(), Path(out)
     options = options or SweepOptions()
@@ -119,6 +124,7 @@ def sweep(
     setting = Setting(folder, tuple(map(Path, caches)), combining or CombineOptions(), validation, test, cpu)
     cache = open_caches(setting)
     metric = _choose_metric(options, space, cache, validation, test)
+    _refuse_hopeless(space, cache, setting)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,8 +162,21 @@ def _students(space: Space) -> list[str]:
     return [] if space.recipe else [*(named[0] if named else ()), *([space.fixed["student"]] if not named else [])]
 
 
-def _axis(key: str, values: Sequence[Any] | Range) -> Choice | Range:
-    return replace(values, key=key) if isinstance(values, Range) else Choice(key, tuple(values))
+def _refuse_hopeless(space: Space, cache: Cache, setting: Setting) -> None:
+    """Raise what the first trial would tell, where all would tell that their student or their losses can't be."""
+    first: SoftlabelsError | None = None
+    for number, changes in enumerate(combinations(space)):
+        if number == _MOST_TRIED:
+            return
+        try:
+            options = space.options(changes, seed=0, trial=point_name(changes))
+            spec, source = fit_to_cache(cache, options, out=setting.out, validation=setting.validation)
+            find_aims(cache, options, spec, source)
+            return
+        except SoftlabelsError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _choose_metric(

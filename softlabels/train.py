@@ -45,14 +45,10 @@ from softlabels.training.learner import (
     try_out,
 )
 from softlabels.training.preparing import (
-    check_options,
-    check_start,
-    check_task,
     find_stretches,
+    fit_to_cache,
     network_of,
-    read_source,
     refuse_misfit,
-    student_spec,
     with_tokens,
 )
 from softlabels.training.processes import Processes, find_processes, first_talks, others_are_told, shared_run_folder
@@ -84,11 +80,7 @@ def train_student(
     started = time.monotonic()
     out = Path(out)
     processes = find_processes(cpu=cpu)
-    check_options(options)
-    check_start(options)
-    check_task(cache, options, validation)
-    spec = student_spec(cache, options)
-    source = read_source(options, cache, out)
+    spec, source = fit_to_cache(cache, options, out=out, validation=validation)
     stretches = find_stretches(cache, options, spec, validation=validation, source=source)
     configuration = _configuration(cache, options, validation)
     with others_are_told(processes), shared_run_folder(out, configuration, processes, resume=resume):

@@ -314,6 +314,8 @@ def test_a_recipe_that_ships_is_found_by_its_name(place: Path, tmp_path: Path, m
         (["corpus.source=nowhere"], CorpusError, "nowhere"),
         (["teacher.model=./nowhere"], TeacherError, "nowhere"),
         (["students.1.student=bilstn"], StudentError, "Did you mean 'bilstm'"),
+        (["students.1.options={hiden_size: 8}"], StudentError, r"hiden_size.*Did you mean 'hidden_size'\?"),
+        (["students.linear.options={ngrams: 2}"], StudentError, "ngrams"),
         (["students.linear.losses={kl: 1}"], ConfigError, "linear student is a regression"),
     ],
 )

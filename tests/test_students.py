@@ -30,6 +30,7 @@ from softlabels.students import (
     StudentSpec,
     build_student,
     check_student,
+    count_layers,
     load_student,
     student_inputs,
 )
@@ -154,6 +155,15 @@ def test_the_seed_decides_the_weights(kind):
 def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(kind):
     with pytest.raises(StudentError, match=r"hiden_size.*Did you mean 'hidden_size'\?"):
         build(kind, {"hiden_size": 8})
+
+
+@pytest.mark.parametrize("kind", STUDENT_NAMES)
+def test_options_are_checked_without_a_student(kind):
+    """And layers counted, of those that have some."""
+    options = {"hidden_size": 24, "layers": 3, "heads": 2} if kind == "transformer" else {}
+    assert count_layers(kind, spec(**options)) == (3 if kind == "transformer" else None)
+    with pytest.raises(StudentError, match="hiden_size"):
+        count_layers(kind, spec(**options, hiden_size=8))
 
 
 def test_a_misspelt_student_is_refused_with_the_one_that_was_meant():

@@ -37,6 +37,7 @@ from tests.models import LABEL_NAMES, TEXTS, save_teacher
 
 SMALL = {"embedding_dim": 16, "hidden_size": 12, "fc_size": 10}
 FIXED: dict[str, Any] = {"student": "bilstm", "options": SMALL, "epochs": 1, "lr": 5e-3, "batch_size": 16}
+PKD = [{"losses": [{"loss": "pkd", "map": [[1, 1]]}]}]
 AXES: dict[str, Any] = {"temperature": [1, 2, 4]}
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -120,8 +121,8 @@ def test_a_trial_that_fails_is_a_row_with_its_error(cache: Path, tmp_path: Path)
     assert "smaller --lr" in found["bilstm_lr-1e+30_seed-0"]["error"]
     assert "embedding_dim" in found["transformer_lr-0.005_seed-0"]["error"] and len(said) == 3
     assert result.groups[0].point == "bilstm_lr-0.005" and result.groups[-1].value is None
-    with pytest.raises(ConfigError, match=r"all 2 trials failed; the first of them: .*embedding_dim"):
-        swept(cache, tmp_path / "none", fixed=FIXED | {"student": "transformer"}, axes={"temperature": [1, 2]})
+    with pytest.raises(ConfigError, match=r"all 2 trials failed; the first of them: .*smaller --lr"):
+        swept(cache, tmp_path / "none", axes={"lr": [1e30, 2e30]}, fixed=fixed | {"student": "bilstm"})
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_results(
@@ -239,11 +240,24 @@ def test_without_a_validation_corpus_rows_are_held_out(cache: Path, tmp_path: Pa
         ({"options": {"metric": "agreement"}}, "leave --eval out", ConfigError),
         ({"options": {"metric": "loss"}}, "none are held out", ConfigError),
         ({"axes": {"student": ["bilstm", "bilstn"]}, "fixed": {}}, "Did you mean 'bilstm'", StudentError),
+        ({"axes": {"options.hiden_size": [8, 16]}}, r"hiden_size.*Did you mean 'hidden_size'", StudentError),
+        (
+            {"axes": {"options.hiden_size": Range("", 8, 16)}, "options": {"search": "optuna", "points": 2}},
+            "hiden_size",
+            StudentError,
+        ),
+        ({"fixed": FIXED | {"student": "transformer"}}, "embedding_dim", StudentError),
+        ({"fixed": {"student": "linear", "options": {"ngrams": 2}}, "axes": {"lr": [1, 2]}}, "ngrams", StudentError),
+        (
+            {"axes": {"rows": [10, 20]}, "fixed": {"student": "transformer", "phases": PKD}},
+            "hidden.01@cls",
+            CacheError,
+        ),
         ({"test": Corpus("test", None, [Example("0", "a")], None)}, "--test test has no labelled row", CorpusError),
         ({"validation": Corpus("dev", None, [Example("0", "a", None, "hockey")], None)}, "hockey", CorpusError),
     ],
 )
-def test_what_could_not_be_compared_is_refused_before_the_first_trial(
+def test_what_no_trial_can_have_is_refused_before_the_first_trial(
     cache: Path, tmp_path: Path, changes: dict[str, Any], told: str, kind: type[Exception]
 ) -> None:
     with pytest.raises(kind, match=told):

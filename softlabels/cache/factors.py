@@ -32,10 +32,15 @@ def save_factors(folder: Path, factors: LogitFactors) -> None:
     write_file(path, save({"mean": factors.mean.contiguous(), "loadings": loadings, "noise": factors.noise}))
 
 
+def factors_size(vocab_size: int, rank: int) -> int:
+    """Bytes of the numbers of `rank` factors: the file has a header beside them."""
+    return vocab_size * (2 * rank + 8)
+
+
 def load_factors(folder: Path, *, vocab_size: int, rank: int) -> LogitFactors:
     """The factors, at most `rank`, of the cache at `folder`; CacheError where they are missing or not right."""
     path = folder / "teacher" / FACTORS
-    most = vocab_size * (2 * rank + 8) + (1 << 20)
+    most = factors_size(vocab_size, rank) + (1 << 20)
     tensors = read_tensors(folder, FACTORS, most=most, what=f"{rank} factors of {vocab_size} tokens")
     mean, loadings, noise = tensors.get("mean"), tensors.get("loadings"), tensors.get("noise")
     if mean is None or loadings is None or noise is None:

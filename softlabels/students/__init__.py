@@ -59,6 +59,9 @@ class StudentSpec:
 class StudentModule(Protocol):
     """What a student's module offers."""
 
+    def read(self, spec: StudentSpec) -> object:
+        """The options of `spec`, checked; StudentError for what such a student doesn't take. Nothing is built."""
+
     def build(self, spec: StudentSpec) -> PreTrainedModel:
         """A new model with random weights (torch's generator decides them)."""
 
@@ -111,8 +114,16 @@ def count_layers(kind: str, spec: StudentSpec) -> int | None:
 
     Nothing is built. StudentError for options that don't fit.
     """
-    count = getattr(_module(kind), "count_layers", None)
-    return None if count is None else count(spec)
+    if check_student(kind) == LINEAR:
+        from softlabels.students.linear import read_linear_options
+
+        read_linear_options(spec.options)
+        return None
+    module = _module(kind)
+    if (count := getattr(module, "count_layers", None)) is not None:
+        return count(spec)
+    module.read(spec)
+    return None
 
 
 Options = TypeVar("Options", bound=Strict)

@@ -119,9 +119,14 @@ class BiLSTMStudent(PreTrainedModel):
         return last_state(self.lstm(vectors, lengths), lengths) * (texts.lengths > 0)[:, None]
 
 
+def read(spec: StudentSpec) -> BiLSTMOptions:
+    """The options of `spec`, checked."""
+    return read_options(BiLSTMOptions, spec, student="bilstm")
+
+
 def build(spec: StudentSpec) -> BiLSTMStudent:
     """A new BiLSTM for `spec`."""
-    options = read_options(BiLSTMOptions, spec, student="bilstm")
+    options = read(spec)
     return build_recurrent(
         BiLSTMStudent,
         BiLSTMConfig,

@@ -106,9 +106,14 @@ class LSTMAttentionStudent(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
 
+def read(spec: StudentSpec) -> LSTMAttentionOptions:
+    """The options of `spec`, checked."""
+    return read_options(LSTMAttentionOptions, spec, student="lstm_attention")
+
+
 def build(spec: StudentSpec) -> LSTMAttentionStudent:
     """A new LSTM with attention for `spec`."""
-    options = read_options(LSTMAttentionOptions, spec, student="lstm_attention")
+    options = read(spec)
     return build_recurrent(LSTMAttentionStudent, LSTMAttentionConfig, spec, options, token_map=map_tokens(spec))
 
 

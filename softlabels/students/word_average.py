@@ -87,9 +87,14 @@ class WordAverageStudent(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(features))
 
 
+def read(spec: StudentSpec) -> WordAverageOptions:
+    """The options of `spec`, checked."""
+    return read_options(WordAverageOptions, spec, student="word_average")
+
+
 def build(spec: StudentSpec) -> WordAverageStudent:
     """A new BiLSTM over mean word vectors for `spec`."""
-    options = read_options(WordAverageOptions, spec, student="word_average")
+    options = read(spec)
     token_map = map_tokens(spec, special=special_ids(spec))
     return build_recurrent(WordAverageStudent, WordAverageConfig, spec, options, token_map=token_map)
 

@@ -48,6 +48,16 @@ def check_options(options: StudentOptions) -> None:
         )
 
 
+def fit_to_cache(
+    cache: Cache, options: StudentOptions, *, out: Path, validation: Corpus | None
+) -> tuple[StudentSpec, Run | None]:
+    """What the cache asks of the student, and the run that it starts from, if any; refuses what can't be of such."""
+    check_options(options)
+    check_start(options)
+    check_task(cache, options, validation)
+    return student_spec(cache, options), read_source(options, cache, out)
+
+
 def check_start(options: StudentOptions) -> None:
     """ConfigError for a word that only a recipe's run can make a folder of."""
     start = options.options.get("init_from")
@@ -136,8 +146,6 @@ def network_of(source: Run) -> PreTrainedModel:
 
 def _layers(options: StudentOptions, spec: StudentSpec, source: Run | None) -> int | None:
     """How many layers with hidden states and attention the student has; None for one that has none."""
-    if options.student == LINEAR:
-        return None
     if source is None:
         return count_layers(options.student, spec)
     layers = getattr(network_of(source).config, "num_hidden_layers", None)

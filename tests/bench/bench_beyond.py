@@ -116,7 +116,7 @@ def make_other_teachers(task: Path, epochs: int) -> None:
             continue
         options = TeacherOptions(epochs=epochs, lr=[1e-4, 3e-4][number % 2], max_length=LENGTH, seed=number)
         teacher = task / f"teacher-{number}"
-        train_teacher(read_corpus(task / "train.jsonl"), model=MINILM, out=teacher, options=options)
+        train_teacher(read_corpus(task / "teacher.jsonl"), model=MINILM, out=teacher, options=options)
         dump(
             read_corpus(task / "transfer.jsonl"),
             teacher=str(teacher),
