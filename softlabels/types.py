@@ -52,6 +52,7 @@ TOKEN_LABELS = (
 VECTOR_LABELS = ("multi-label-classification", "regression")  # tasks with a number for each output
 IMAGES: Task = "image-classification"  # the task whose rows are image files, and not texts
 
+Decay = Literal["linear", "none"]  # of a learning rate after its warm-up
 OptimizerName = Literal["adamw", "adadelta", "sgd"]  # that a student can be trained with
 
 

@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
+from softlabels.config import StudentOptions
 from softlabels.errors import StudentError
 from softlabels.optimizer import ParameterGroup, build_optimizer, clip_gradients
+from softlabels.training.learner import make_optimizer
 from softlabels.types import OptimizerName
 
 NAMES: list[OptimizerName] = ["adamw", "adadelta", "sgd"]
@@ -125,6 +127,21 @@ def test_groups_have_learning_rates_of_their_own_and_frozen_parameters_none():
     optimizer.step()
     schedule.step()
     assert [round(group["lr"], 9) for group in optimizer.param_groups] == [9e-3, 4.5e-2, 4.5e-2, 9e-4]
+
+
+@pytest.mark.parametrize(("decay", "last"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("none", [1.0, 1.0, 1.0, 1.0])])
+def test_a_rate_grows_and_then_falls_or_stays(decay: str, last: list[float]):
+    """Of a phase that says so itself, and of one that leaves it to the options."""
+    own, common = {"losses": {"ce": 1}, "decay": decay}, {"losses": {"ce": 1}}
+    for choice in ({"phases": [own]}, {"phases": [common], "decay": decay}):
+        options = StudentOptions.model_validate({"student": "bilstm", "lr": 1.0, "warmup": 0.5, **choice})
+        optimizer, schedule = make_optimizer(Model(sparse=False), options.all_phases()[0], options, [], steps=8)
+        rates = []
+        for _ in range(8):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates == [0, 0.25, 0.5, 0.75, *last]
 
 
 def test_what_cannot_be_optimised_is_refused():

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from softlabels.config.schedules import parse_schedule, parse_temperature
 from softlabels.config.strict import Strict, suggest
 from softlabels.errors import ConfigError
+from softlabels.types import Decay
 
 # Losses on logits, and losses on what lies below them; held equal to the tables of softlabels.losses by a test.
 LOSSES = (
@@ -20,6 +21,7 @@ LOSSES = (
     "mae_logits",
     "soft_cross_entropy",
     "ce",
+    "pseudo_ce",
     "jsd",
     "skew_kl",
     "skew_reverse_kl",
@@ -202,6 +204,7 @@ class Phase(Strict):
     lr: float | None = Field(default=None, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
     warmup: float | None = Field(default=None, ge=0, le=1)
+    decay: Decay | None = None
     # parts of the student: 'embeddings', 'layers:1-3', 'head', or the start of parameters' names
     freeze: list[str] = []  # these do not learn
     slow: dict[str, Annotated[float, Field(gt=0)]] = {}  # these learn at a multiple of the rate

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from softlabels.config.losses import Losses, Phase, TemperatureText
 from softlabels.config.strict import Strict, refuse_doubled
-from softlabels.types import OptimizerName
+from softlabels.types import Decay, OptimizerName
 
 
 class PruneOptions(Strict):
@@ -63,6 +63,7 @@ class StudentOptions(Strict):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps
+    decay: Decay = "linear"  # of the rate, down to 0 after the warm-up; none: it stays as it is
     clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
     validation: float = Field(default=0.1, ge=0, lt=1)  # share of the rows held out where no --eval is given
     patience: int | None = Field(default=None, ge=1)  # epochs without a better score before stopping
@@ -84,7 +85,7 @@ class StudentOptions(Strict):
     def all_phases(self) -> list[Phase]:
         """The phases with nothing left open; one of the name 'train' where none are given."""
         phases = self.phases or [Phase(losses=self.losses, temperature=self.temperature)]
-        common = ("epochs", "batch_size", "lr", "weight_decay", "warmup")
+        common = ("epochs", "batch_size", "lr", "weight_decay", "warmup", "decay")
         return [
             phase.model_copy(update={key: getattr(self, key) for key in common if getattr(phase, key) is None})
             for phase in phases

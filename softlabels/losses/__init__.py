@@ -30,7 +30,15 @@ from softlabels.losses.divergences import jsd, skew_kl, skew_reverse_kl, tvd
 from softlabels.losses.hidden import feature_map_mse, hidden_cosine, hidden_mse, layer_output, pkd
 from softlabels.losses.penalties import parameter_norm
 from softlabels.losses.relations import key_relation, query_relation, value_relation
-from softlabels.losses.soft_targets import ce, kl, mae_logits, mse_logits, reverse_kl, soft_cross_entropy
+from softlabels.losses.soft_targets import (
+    ce,
+    kl,
+    mae_logits,
+    mse_logits,
+    pseudo_ce,
+    reverse_kl,
+    soft_cross_entropy,
+)
 from softlabels.losses.statistics import feature_statistics, gram, nst
 from softlabels.losses.transport import emd, emd_attention
 from softlabels.types import LayerGroup, LayerPair, Signals
@@ -73,6 +81,7 @@ LOSSES: Mapping[str, Loss] = {
     "mae_logits": mae_logits,
     "soft_cross_entropy": soft_cross_entropy,
     "ce": ce,
+    "pseudo_ce": pseudo_ce,
     "jsd": jsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from softlabels.losses.rows import compare, logit_rows, mean_rows, take_labels
+from softlabels.losses.rows import compare, logit_rows, mean_rows, take_labels, take_targets
 from softlabels.types import NO_LABEL, Signals
 
 
@@ -65,6 +65,16 @@ def ce(student: Signals, teacher: Signals, *, temperature: float | Tensor = 1.0)
     """
     logits = logit_rows(student, student.logits)  # (N, C)
     return mean_rows(F.cross_entropy(logits, take_labels(student), ignore_index=NO_LABEL, reduction="none"))
+
+
+def pseudo_ce(student: Signals, teacher: Signals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Cross entropy with the label, or where a row has none with the class that the teacher holds most likely.
+
+    At T = 1 whatever `temperature` is; mean over rows. The hard term beside `mse_logits` of Tang et al. 2019
+    ("Distillation Objective"), whose augmented rows have no labels.
+    """
+    rows = compare(student, teacher, temperature=1.0)
+    return mean_rows(F.cross_entropy(rows.student, take_targets(student, rows), reduction="none"))
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from softlabels.cache import Cache
 from softlabels.captures import TeacherRun
@@ -117,11 +117,14 @@ def make_learner(
 def make_optimizer(
     student: nn.Module, phase: Phase, options: StudentOptions, groups: list[ParameterGroup], *, steps: int
 ) -> tuple[Any, Any]:
-    """The optimiser of a phase, and its schedule over so many steps: up in the warm-up, then down to 0."""
+    """The optimiser of a phase, and its schedule over so many steps: up in the warm-up, then down to 0 or level."""
     optimizer = build_optimizer(
         student, name=options.optimizer, lr=size(phase.lr), weight_decay=size(phase.weight_decay), groups=groups
     )
-    return optimizer, get_linear_schedule_with_warmup(optimizer, int(steps * size(phase.warmup)), steps)
+    warmup = int(steps * size(phase.warmup))
+    if phase.decay == "none":
+        return optimizer, get_constant_schedule_with_warmup(optimizer, warmup)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, steps)
 
 
 def take_step(learner: Learner, loss: Tensor, *, clip: float, phase: Phase, state: Progress) -> None:

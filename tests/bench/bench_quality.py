@@ -13,7 +13,8 @@ it no better than three of its layers. Test rows whose text is also in the train
 A recipe is as it lies in pipeline/, with these changes, so that one cache serves all: what it pretrains on a cache of
 its own is a phase before its others, from the task's cache (minilm, minilm-v2), or left out (tinybert, whose next
 phase has the same losses; distilbert, which needs a language model); nothing is augmented, for there are unlabelled
-rows; mobilebert's student is as deep and wide as MiniLM.
+rows; mobilebert's student is as deep and wide as MiniLM, and 'progressive' trains its embeddings first, which can't be
+the teacher's.
 
 Recipes that look at layers learn from the first rows of the cache only, LAYER_ROWS of them, labelled ones first: they
 cost ten times as much a row. So that they take as many steps as their twins, their epochs are LAYER_EPOCHS times the
@@ -74,6 +75,7 @@ SMALL = Task(labelled=200, unlabelled=100, test=100, epochs=1)
 # of several teachers, students or tasks, or held against another counterpart: bench_beyond has these
 BEYOND = {"alp-kd", "assistant", "ckd", "compression", "emd", "ensemble", "federated", "joint", "multitask"}
 BEYOND |= {"progressive", "quickstart", "taylor-fo"}
+RATES = ("optimizer", "lr", "weight_decay", "warmup", "decay")
 NO_START = ("init_from", "init_layers")
 FROM_BASE = ("pkd-skip", "pkd-last", "distilbert")  # they start from the base model, and so do their twins
 
@@ -219,6 +221,8 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
             if recipe_name in EPOCHS:
                 options["epochs"] = EPOCHS[recipe_name]
             phases = options.get("phases") or [options]
+            if recipe_name == "mobilebert" and entry.name == "progressive":
+                phases[0]["losses"].append({"loss": "hidden_mse", "map": "embeddings"})
             if options["student"] == "transformer":
                 options["rows"] = LAYER_ROWS
                 times = task.longer * (1 if recipe_name == "mobilebert" else LAYER_EPOCHS)
@@ -230,9 +234,7 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
                 usual = settings.get("epochs", options.get("epochs", 1))
                 settings["epochs"] = max(1, times * max(usual, least) // scale)
             epochs = max(1, epochs // scale)
-            hard: dict[str, Any] = {
-                key: options[key] for key in ("student", "batch_size", "lr", "optimizer") if key in options
-            }
+            hard: dict[str, Any] = {key: options[key] for key in ("student", "batch_size", *RATES) if key in options}
             start = {k: v for k, v in options["options"].items() if k not in NO_START or recipe_name in FROM_BASE}
             hard |= {"options": start, "losses": {"ce": 1.0}, "epochs": epochs}
             key = json.dumps(hard, sort_keys=True)

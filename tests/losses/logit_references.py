@@ -51,6 +51,8 @@ def one_row(name: str, zs: Vector, zt: Vector, label: int, temperature: float) -
         return math.fsum(abs(a - b) for a, b in zip(zt, zs, strict=True)) / len(zt)
     if name == "ce":
         return 0.0 if label == NO_LABEL else -math.log(softmax(zs)[label])
+    if name == "pseudo_ce":
+        return -math.log(softmax(zs)[target])
     if name == "jsd":
         middle = mix(p, q, 0.5)
         return 0.5 * kl(p, middle) + 0.5 * kl(q, middle)

@@ -25,7 +25,7 @@ def signals(logits: torch.Tensor, labels: list[int] | None = None) -> Signals:
 
 # Options with which a loss takes every temperature here.
 CALLS: dict[str, Any] = {**LOSSES, "annealing_mse": partial(annealing_mse, max_temperature=25.0)}
-LABELLED = {"ce", "dkd", "teacher_annealing"}  # the rest is 0 between equals, or an entropy
+LABELLED = {"ce", "dkd", "pseudo_ce", "teacher_annealing"}  # the rest is 0 between equals, or an entropy
 DISTANCES = [name for name in LOSSES if name not in {*LABELLED, "soft_cross_entropy", "annealing_mse"}] + ["dkd"]
 
 
