@@ -46,9 +46,9 @@ def _dump_command(cache: Cache) -> str:
         if getattr(manifest.dump, key) != getattr(usual, key):
             said[f"--{key.replace('_', '-')}"] = str(getattr(manifest.dump, key))
     if (masking := manifest.dump.masking) is not None:
-        for option, key in (("--maskings", "times"), ("--mask-rate", "rate"), ("--mask-seed", "seed")):
+        for key in ("times", "rate", "seed", "targets"):
             if getattr(masking, key) != getattr(usual.masking, key):
-                said[option] = str(getattr(masking, key))
+                said["--maskings" if key == "times" else f"--mask-{key}"] = str(getattr(masking, key))
     options = [f" {option} {shlex.quote(value)}" for option, value in said.items() if value]
     text = "" if manifest.dump.text else " --no-text"
     return f"softlabels dump {shlex.quote(manifest.corpus.source)}{''.join(options)}{text}"

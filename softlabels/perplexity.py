@@ -31,7 +31,7 @@ from softlabels.students import student_inputs
 from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
 from softlabels.tokens import batches_by_length, count_tokens, pad_batch, token_hash
 from softlabels.truncated import TruncatedLogits
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, TokenizedExample
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, UNMASKED, TokenizedExample
 
 _BATCH_TOKENS = 4096
 
@@ -76,7 +76,7 @@ def evaluate_language_model(run: Path, corpus: Corpus, *, cache: Cache | None = 
         raise StudentError(f"{run} is a {student.record.task} student, which has no perplexity")
     masking = Masking()
     if cache is not None and cache.manifest.dump.masking is not None:
-        masking = Masking(**cache.manifest.dump.masking.model_dump())
+        masking = Masking(**cache.manifest.dump.masking.model_dump()).model_copy(update={"targets": "masked"})
     rows = _tokenize(student, corpus, masking)
     places = _places(rows, cache, corpus) if cache is not None else None
     vocab = None if cache is None else open_vocab(cache)
@@ -109,6 +109,7 @@ class _Sums:
     targets: int = 0
     surprise: float = 0.0
     shared: int = 0
+    guessed: int = 0  # of the shared ones, those that have a label
     kl: float = 0.0
     agreed: int = 0
     teacher_surprise: float | None = 0.0
@@ -162,7 +163,9 @@ def _compare(student: Run, cache: Cache, vocab: VocabTeacher, rows: np.ndarray, 
     batch = cache.batch(rows, vocab.fields)
     own, teacher = _logits(student, batch.tokens), vocab(batch.teacher)
     labels = batch.tokens.labels[batch.tokens.labels != NO_LABEL]
+    masked = labels != UNMASKED
     sums.shared += len(labels)
+    sums.guessed += int(masked.sum())
     sums.kl += float(losses.kl(own, teacher, temperature=1.0)) * len(labels)
     if isinstance(teacher, TruncatedLogits):
         sums.agreed += int((own.argmax(1) == teacher.ids[:, 0]).sum())
@@ -170,7 +173,8 @@ def _compare(student: Run, cache: Cache, vocab: VocabTeacher, rows: np.ndarray, 
     else:
         sums.agreed += int((own.argmax(1) == teacher.argmax(1)).sum())
         if sums.teacher_surprise is not None:
-            sums.teacher_surprise += float(functional.cross_entropy(teacher, labels, reduction="sum"))
+            surprise = functional.cross_entropy(teacher[masked], labels[masked], reduction="sum")
+            sums.teacher_surprise += float(surprise)
 
 
 def _fidelity(sums: _Sums) -> LanguageFidelity:
@@ -180,7 +184,7 @@ def _fidelity(sums: _Sums) -> LanguageFidelity:
         targets=sums.shared,
         kl=sums.kl / count,
         agreement=sums.agreed / count,
-        teacher_perplexity=None if surprise is None else _perplexity(surprise, count),
+        teacher_perplexity=None if surprise is None else _perplexity(surprise, max(sums.guessed, 1)),
     )
 
 

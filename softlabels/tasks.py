@@ -26,6 +26,7 @@ from softlabels.types import (
     NO_LABEL,
     SEQ2SEQ,
     TASKS,
+    UNMASKED,
     VECTOR_LABELS,
     Example,
     Label,
@@ -274,6 +275,7 @@ def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, maski
 
     As BERT does (Devlin et al. 2019, section 3.1): of the chosen tokens 80 % become the mask token, 10 % a random one,
     10 % stay. At least one is chosen where there is any but special ones. All follows from `masking.seed` and the id.
+    With `masking.targets` "all" the other tokens, special ones too, are targets without a label: UNMASKED.
     """
     rng = np.random.default_rng([masking.seed, xxhash.xxh3_64_intdigest(row.id.encode())])
     special = tokenizer.get_special_tokens_mask(row.input_ids.tolist(), already_has_special_tokens=True)
@@ -282,7 +284,8 @@ def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, maski
     chosen = free[draws < masking.rate]
     if not len(chosen) and len(free):
         chosen = free[[int(draws.argmin())]]
-    labels, ids, kind = np.full(len(row.input_ids), NO_LABEL, np.int32), row.input_ids.copy(), rng.random(len(chosen))
+    other = UNMASKED if masking.targets == "all" else NO_LABEL
+    labels, ids, kind = np.full(len(row.input_ids), other, np.int32), row.input_ids.copy(), rng.random(len(chosen))
     labels[chosen] = ids[chosen]
     ids[chosen[kind < 0.8]] = tokenizer.mask_token_id
     others = chosen[(kind >= 0.8) & (kind < 0.9)]

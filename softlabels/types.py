@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from softlabels.truncated import TruncatedLogits
 
 NO_LABEL = -100  # what torch's cross_entropy ignores; on disk and in batches the mark of a row without a label
+UNMASKED = -101  # label of a token that a masked language model speaks of though nothing hides it: a target to no loss
+# on labels
 # A masked attention score, in caches and live: float16's lowest number, which every codec can hold (bfloat16 rounds it
 # to -65536) and whose softmax is 0. A score below MASKED / 2 is masked.
 MASKED = -65504.0

@@ -25,6 +25,7 @@ from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, TeacherError
 from softlabels.factors import fit_factors
+from softlabels.fidelity import verify_live
 from softlabels.losses import language
 from softlabels.losses import vocab as losses
 from softlabels.perplexity import evaluate_language_model
@@ -32,7 +33,7 @@ from softlabels.runs import load_run, save_run
 from softlabels.teacher import load_teacher
 from softlabels.train import train_student
 from softlabels.truncated import TruncatedLogits, tail_mean_at, truncate
-from softlabels.types import NO_LABEL, Example, Signals, TokenBatch
+from softlabels.types import NO_LABEL, UNMASKED, Example, Signals, TokenBatch
 from tests.models import TEXTS
 from tests.test_tasks import save
 
@@ -309,6 +310,52 @@ def test_students_that_are_no_language_models(teacher: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="needs all logits"):
         options = StudentOptions(student="transformer", losses={"mse_logits": 1.0}, epochs=1)
         train_student(cache, out=tmp_path / "other", options=options, cpu=True)
+
+
+@pytest.mark.parametrize("capture", ["vocab:exact", "vocab:topk=16,samples=2", "vocab:topk=16,factors=8,packed"])
+def test_a_masked_teacher_that_speaks_of_every_token(tmp_path: Path, capture: str) -> None:
+    """The tokens masked are the same; KL is over all, special ones too, and cross entropy over those alone."""
+    teacher = save(tmp_path / "teacher", "BertForMaskedLM")
+    masked = dumped(tmp_path / "masked", teacher, capture, masking={"seed": 3})
+    every = dumped(tmp_path / "every", teacher, capture, masking={"seed": 3, "targets": "all"})
+    assert masked.token_hashes.tolist() == every.token_hashes.tolist()
+    assert every.targets is not None and every.targets.tolist() == every.lengths.tolist()
+    assert '"targets"' not in (tmp_path / "masked" / "manifest.json").read_text()
+    assert verify_live(tmp_path / "every", teacher=str(teacher), device="cpu").within
+    rows = list(range(every.rows))
+    vocab = open_vocab(every)
+    batch, few = every.batch(rows, vocab.fields), masked.batch(rows, [])
+    labels = batch.tokens.labels
+    assert torch.equal(torch.where(labels == UNMASKED, NO_LABEL, labels), few.tokens.labels)
+    assert torch.equal(labels != NO_LABEL, batch.tokens.attention_mask == 1)
+    live = live_logits(teacher, batch.tokens)  # at all tokens
+    student = Signals({"logits": live.double() / 2}, batch.tokens.attention_mask, labels)
+    hard = [
+        -torch.log_softmax(row, -1)[label]
+        for row, label in zip(student.logits, labels[labels != NO_LABEL], strict=True)
+        if label >= 0
+    ]
+    assert len(hard) == masked.targets.sum() < len(live)
+    assert language.ce(student, student).item() == pytest.approx(float(torch.stack(hard).mean()), rel=1e-9)
+    if capture == "vocab:exact":
+        p, q = (torch.softmax(logits, -1) for logits in (live.double() / 2, student.logits / 2))
+        kl = 4 * (p * (p.log() - q.log())).sum(-1).mean()  # T = 2
+        heard = Signals({}, batch.tokens.attention_mask, labels, vocab(batch.teacher))
+        assert language.kl(student, heard, temperature=2.0).item() == pytest.approx(float(kl), rel=1e-4)
+    losses = {"kl": 5.0, "ce": 2.0}
+    options = StudentOptions(student="transformer", losses=losses, epochs=2, lr=3e-3, options={"layers": 1})
+    train_student(every, out=tmp_path / "run", options=options, cpu=True)
+    found = evaluate_language_model(tmp_path / "run", corpus_of(12), cache=every)
+    assert found.targets == masked.targets.sum() and found.fidelity is not None
+    assert found.fidelity.targets == len(live) and found.fidelity.kl > 0
+    if capture == "vocab:exact":
+        surprise = [
+            -torch.log_softmax(row.double(), -1)[label]
+            for row, label in zip(live, labels[labels != NO_LABEL], strict=True)
+            if label >= 0
+        ]
+        wanted = math.exp(float(torch.stack(surprise).mean()))
+        assert found.fidelity.teacher_perplexity == pytest.approx(wanted, rel=1e-3)
 
 
 def test_truncated_logits_have_their_own_place() -> None:

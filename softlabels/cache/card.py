@@ -174,7 +174,8 @@ def _corpus(manifest: Manifest) -> dict[str, str]:
         "hash of ids, texts and labels": code(card.hash),
     }
     if (masking := manifest.dump.masking) is not None:
-        facts["masked"] = f"{100 * masking.rate:g} % of the tokens, each text {masking.times} time(s)"
+        every = "; the teacher speaks of all" if masking.targets == "all" else ""
+        facts["masked"] = f"{100 * masking.rate:g} % of the tokens, each text {masking.times} time(s){every}"
     return facts
 
 

@@ -38,7 +38,8 @@ row (below); `decoder_start` int32, only of seq2seq-lm; `text` and `text_b` stri
     token-classification                             list<int32>, a class a token; -100 where there is none, such as
                                                      special tokens and all but the first piece of a word
     masked-lm                                        list<int32>, the id that was there where a token was masked, else
-                                                     -100; `input_ids` are the masked ones
+                                                     -100, or where the manifest's `dump.masking.targets` is "all" -101,
+                                                     of special tokens too; `input_ids` are the masked ones
     causal-lm                                        list<int32>, the id of the next token; -100 at the last one. What a
                                                      field says of a token is the prediction of its label: the shift is
                                                      done, once, here
@@ -310,6 +311,11 @@ class MaskingCard(_Part):
     rate: float = Field(gt=0, lt=1)
     times: Positive
     seed: Count
+    targets: Literal["masked", "all"] = "masked"  # in the file only where it is all
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "targets" or value != "masked"}
 
 
 class DumpCard(_Part):

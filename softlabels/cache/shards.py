@@ -18,7 +18,7 @@ from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, sha
 from softlabels.cache.inside import open_inside
 from softlabels.cache.writer import SCALE, examples_schema, field_schema, labels_type, read_channels
 from softlabels.errors import CacheError
-from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, VECTOR_LABELS
+from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, UNMASKED, VECTOR_LABELS
 
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
@@ -121,10 +121,13 @@ def _check_token_labels(table: pa.Table, manifest: Manifest, path: Path) -> None
             raise CacheError(f"{path} has rows without a target text: it is damaged")
     elif not np.array_equal(list_lengths(table, "input_ids"), list_lengths(table, "labels")):
         raise CacheError(f"{path} has rows with more or fewer labels than tokens: it is damaged")
+    masking = manifest.dump.masking
+    none = [NO_LABEL, UNMASKED] if masking is not None and masking.targets == "all" else [NO_LABEL]
     for chunk in table.column("labels").chunks:
         labels = chunk.values.to_numpy(zero_copy_only=True)
-        if ((labels != NO_LABEL) & ((labels < 0) | (labels >= most))).any():
-            raise CacheError(f"{path} has token labels that are neither {NO_LABEL} nor below {most}: it is damaged")
+        if ((labels >= most) | ((labels < 0) & ~np.isin(labels, none))).any():
+            told = " or ".join(map(str, none))
+            raise CacheError(f"{path} has token labels that are neither {told} nor below {most}: it is damaged")
 
 
 def count_targets(table: pa.Table) -> np.ndarray:

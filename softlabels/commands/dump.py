@@ -16,6 +16,7 @@ from softlabels.commands.options import (
     Label,
     Maskings,
     MaskRate,
+    MaskTargets,
     MaxLength,
     NoText,
     Rows,
@@ -67,6 +68,7 @@ def dump_command(
     ] = None,
     maskings: Maskings = None,
     mask_rate: MaskRate = None,
+    mask_targets: MaskTargets = None,
     mask_seed: Annotated[int | None, typer.Option(min=0, help="of masked-lm: another one masks other tokens")] = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
@@ -131,7 +133,7 @@ def dump_command(
     """STAGE 1: keep what a teacher says of a corpus."""
     from softlabels.config import DumpOptions, build_options
 
-    masking = {"times": maskings, "rate": mask_rate, "seed": mask_seed}
+    masking = {"times": maskings, "rate": mask_rate, "seed": mask_seed, "targets": mask_targets}
     given = {
         "capture": capture or None,
         "task": task,

@@ -48,6 +48,14 @@ Maskings = Annotated[int | None, typer.Option("--maskings", min=1, help="of mask
 MaskRate = Annotated[
     float | None, typer.Option("--mask-rate", help="of masked-lm: the share of tokens; by default 0.15")
 ]
+MaskTargets = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-targets",
+        metavar="masked|all",
+        help="of masked-lm: the tokens that vocab is kept of, those that are masked (default) or all",
+    ),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", min=1, help="tokens a text; by default what the teacher takes, at most 512"),

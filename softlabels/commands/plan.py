@@ -17,6 +17,7 @@ from softlabels.commands.options import (
     Label,
     Maskings,
     MaskRate,
+    MaskTargets,
     MaxLength,
     NoText,
     Rows,
@@ -50,6 +51,7 @@ def plan_command(
     epochs: Annotated[int, typer.Option(min=1, help="that a student trains: for when the cache has paid")] = 10,
     maskings: Maskings = None,
     mask_rate: MaskRate = None,
+    mask_targets: MaskTargets = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
     shard_rows: ShardRows = None,
@@ -75,11 +77,11 @@ def plan_command(
     """
     from softlabels.config import DumpOptions, build_options
 
-    masking = {key: value for key, value in {"times": maskings, "rate": mask_rate}.items() if value is not None}
+    masking = {"times": maskings, "rate": mask_rate, "targets": mask_targets}
     given = {
         "capture": capture or None,
         "task": task,
-        "masking": masking or None,
+        "masking": {key: value for key, value in masking.items() if value is not None} or None,
         "max_length": max_length,
         "batch_tokens": batch_tokens,
         "shard_rows": shard_rows,

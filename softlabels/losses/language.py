@@ -15,7 +15,7 @@ from softlabels.losses import vocab
 from softlabels.losses.means import mean
 from softlabels.losses.vocab import Tail
 from softlabels.truncated import TruncatedLogits
-from softlabels.types import NO_LABEL, Signals
+from softlabels.types import NO_LABEL, UNMASKED, Signals
 
 
 def kl(student: Signals, teacher: Signals, *, temperature: float) -> Tensor:
@@ -42,9 +42,13 @@ def mse_logits(student: Signals, teacher: Signals, *, temperature: float = 1.0) 
 
 
 def ce(student: Signals, teacher: Signals, *, temperature: float = 1.0) -> Tensor:
-    """Cross entropy with the tokens themselves, at T = 1 whatever `temperature` is."""
+    """Cross entropy with the tokens themselves, at T = 1 whatever `temperature` is.
+
+    A mean over those that have a label: of a masked language model that speaks of all tokens, the masked ones.
+    """
     labels = student.labels[student.labels != NO_LABEL]  # (T,)
-    return mean(F.cross_entropy(student.logits, labels, reduction="sum"), len(labels))
+    masked = labels != UNMASKED
+    return mean(F.cross_entropy(student.logits[masked], labels[masked], reduction="sum"), int(masked.sum()))
 
 
 def _tail(teacher: Signals) -> Tail:
