@@ -320,6 +320,7 @@ def test_a_masked_teacher_that_speaks_of_every_token(tmp_path: Path, capture: st
     every = dumped(tmp_path / "every", teacher, capture, masking={"seed": 3, "targets": "all"})
     assert masked.token_hashes.tolist() == every.token_hashes.tolist()
     assert every.targets is not None and every.targets.tolist() == every.lengths.tolist()
+    assert masked.targets is not None
     assert '"targets"' not in (tmp_path / "masked" / "manifest.json").read_text()
     assert verify_live(tmp_path / "every", teacher=str(teacher), device="cpu").within
     rows = list(range(every.rows))
