@@ -6,6 +6,7 @@ begin with in common is made once. Every chain is a row of a table, whose first 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def _take(step: CompressStep, before: Distilled, tools: Tools) -> tuple[Distille
     key = fingerprint([before.key, step.model_dump(), options.model_dump()])
 
     def work() -> dict[str, Any]:
+        if step.retrain is None:
+            shutil.rmtree(run, ignore_errors=True)  # of other inputs
         if step.prune is not None:
             cache = open_cache(tools.cache) if step.prune.heads is not None else None
             prune(before.run, out=run, options=step.prune, cache=cache)

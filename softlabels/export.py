@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from softlabels.errors import StudentError
 from softlabels.heads import remove_zero_heads
-from softlabels.runs import Run, load_run, save_run
+from softlabels.runs import Run, load_run, refuse_occupied, save_run
 from softlabels.students import student_batch
 from softlabels.students.exported import (
     ExportCard,
@@ -74,6 +74,7 @@ def export(run: Path, *, out: Path, int8: bool = False) -> ExportReport:
     out, source = Path(out), load_run(run)
     if out.resolve() == Path(run).resolve():
         raise StudentError(f"--out {out} is the run that is exported: give another folder")
+    refuse_occupied(out)
     model = _exportable(source)
     small, removed = _without_zero_heads(model, source)
     plain = _trace(small, _inputs(source, model), _batch(model, source, *_SHAPES[0]))
@@ -257,11 +258,11 @@ def _check(file: bytes, model: PreTrainedModel, source: Run, card: ExportCard, k
         ours = student.run(arrays)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
             raise StudentError(f"the {kind} graph gives {ours.shape}, or numbers that are not finite: not written")
-        worst = max(worst, float(np.abs(ours - theirs).max()))
-        allowed = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
-        if kind == "float32" and worst > allowed:
+        off = float(np.abs(ours - theirs).max())
+        worst, allowed = max(worst, off), TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+        if kind == "float32" and off > allowed:
             raise StudentError(
-                f"the ONNX graph of this '{model.config.model_type}' gives logits {worst:.2g} from PyTorch's on a "
+                f"the ONNX graph of this '{model.config.model_type}' gives logits {off:.2g} from PyTorch's on a "
                 f"batch of {size} rows and {batch.input_ids.shape[1]} tokens, and {allowed:.2g} is allowed: not written"
             )
     return worst

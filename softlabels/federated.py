@@ -11,7 +11,9 @@ FedDF, Lin et al. 2020, arXiv:2006.07242). Here one process plays all parties, e
     stages/NAME.json     what a stage was given (its fingerprint), what it found and how long it took
     results.json         the table as data
 
-Nothing outside parties/NAME/ holds a row or a weight of that party.
+Nothing outside parties/NAME/ holds a row or a weight of that party: rows of the common corpus or of the test that are
+also a party's are left out of these. In every round but the first a party's student starts from what it was after the
+one before, as FedMD's models do.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from softlabels.corpus import Corpus, encode_labels, read_corpus
 from softlabels.dump import dump
 from softlabels.errors import CorpusError
 from softlabels.evaluate import evaluate, score_teacher
+from softlabels.foresight import check_federation
 from softlabels.parties import split_among_parties
 from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import FederatedRecipe, on_labels_alone, plain_options
@@ -116,7 +119,8 @@ def run_federation(
     """Run `recipe` in the folder `out`. Interrupted, the same call goes on; repeated, it costs a few seconds."""
     out = Path(out)
     check_options(recipe.student)
-    train, common, test = _read(recipe)
+    check_federation(recipe)
+    train, common, test = _read(recipe, say)
     parts = split_among_parties(
         train,
         recipe.parties.count,
@@ -145,7 +149,7 @@ def run_federation(
             agreed.append(_accuracy(together))
             sent += sum(made.found["bytes"] for made in heard.values())
             for party in parties:
-                model = _learn(shared, party, consensus, number)
+                model = _learn(shared, party, consensus, number, before=teachers[party.name] if number > 1 else None)
                 scores[party.name].append(_score(shared, party, model, f"round-{number}"))
                 teachers[party.name] = model
         rows = [
@@ -157,25 +161,33 @@ def run_federation(
     return result
 
 
-def _read(recipe: FederatedRecipe) -> tuple[Corpus, Corpus, Corpus]:
-    """The labelled rows, the common ones without their labels, and those of the test."""
+def _read(recipe: FederatedRecipe, say: Callable[[str], None]) -> tuple[Corpus, Corpus, Corpus]:
+    """The labelled rows, the common ones without their labels, and those of the test; none of the labelled in either.
+
+    A party must not learn from labels of the others, nor from its own twice, nor be tested on what it has learned.
+    """
     choice = recipe.corpus
     read = partial(read_corpus, text=choice.text, label=choice.label)
     train = read(choice.source, split=choice.train, rows=choice.rows)
     common = read(choice.common_source or choice.source, split=choice.common, rows=choice.rows)
     test = read(choice.test_source or choice.source, split=choice.test)
     private = {(row.text, row.text_b) for row in train.examples if row.label is not None}
-    known = sum((row.text, row.text_b) in private for row in common.examples)
-    if known == len(common.examples):
-        raise CorpusError(
-            f"every row of the common corpus {common.source} is also a labelled row of {train.source}: then there is "
-            f"nothing that parties keep to themselves. Give other rows as corpus.common"
-        )
+    kept = {"common": common, "test": test}
+    for name, corpus in kept.items():
+        others = [row for row in corpus.examples if (row.text, row.text_b) not in private]
+        if not others:
+            raise CorpusError(
+                f"every row of the {name} corpus {corpus.source} is also a labelled row of {train.source}, which "
+                f"parties keep to themselves: give other rows as corpus.{name}"
+            )
+        if known := len(corpus.examples) - len(others):
+            say(f"{known:,} of {len(corpus.examples):,} {name} rows are also a party's own: they are left out")
+        kept[name] = replace(corpus, examples=others)
+    common, test = kept.values()
     names = train.label_names or []
     if all(label == NO_LABEL for label in encode_labels(test.examples, names)):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the parties on")
-    # a party must not learn from labels of the others, nor from its own twice
-    bare = [replace(row, label=None) for row in common.examples if (row.text, row.text_b) not in private]
+    bare = [replace(row, label=None) for row in common.examples]
     return train, replace(common, examples=bare, label_names=None), test
 
 
@@ -251,9 +263,14 @@ def _agree(shared: _Shared, caches: list[Made], name: str) -> Made:
     return Made(str(out), key, found["seconds"], found)
 
 
-def _learn(shared: _Shared, party: _Party, consensus: Made, number: int) -> Made:
-    """The party's student of the consensus, and then of its own rows where the recipe says so."""
-    student = _train(shared, party, consensus, shared.recipe.student, name=f"student-{number}")
+def _learn(shared: _Shared, party: _Party, consensus: Made, number: int, *, before: Made | None) -> Made:
+    """The party's student of the consensus, from what it was `before`, and then of its own rows with `revisit`."""
+    options = shared.recipe.student
+    if before is not None:
+        options = options.model_copy(
+            update={"options": {"init_from": before.path, "init_layers": "all", "init_head": True}}
+        )
+    student = _train(shared, party, consensus, options, name=f"student-{number}", start=before)
     if shared.recipe.revisit is None:
         return student
     return _tune(shared, party, student.path, student.key, shared.recipe.revisit, name=f"revisited-{number}")
@@ -267,13 +284,15 @@ def _learn_alone(shared: _Shared, party: _Party) -> dict[str, Any]:
     return _score(shared, party, _train(shared, party, own, options, name="alone"), "alone")
 
 
-def _train(shared: _Shared, party: _Party, cache: Made, options: StudentOptions, *, name: str) -> Made:
+def _train(
+    shared: _Shared, party: _Party, cache: Made, options: StudentOptions, *, name: str, start: Made | None = None
+) -> Made:
     out = party.folder / name
     changes: dict[str, Any] = {"seed": options.seed + party.number}
     if options.options.get("init_from") == BASE:
         changes["options"] = options.options | {"init_from": shared.base}
     own = options.model_copy(update=changes)
-    key = fingerprint([own.model_dump(), cache.key])
+    key = fingerprint([own.model_dump(), cache.key, *([start.key] if start is not None else [])])
     work = partial(train_run, Path(cache.path), out, own, cpu=shared.cpu)
     found = shared.stages.run(f"{party.name}-{name}", key, work, makes=out / "config.json")
     return Made(str(out), key, found["seconds"], found)

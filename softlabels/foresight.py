@@ -23,7 +23,15 @@ from softlabels.errors import ConfigError, StudentError, TeacherError
 from softlabels.objective import fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
 from softlabels.pretrained import load_tokenizer, resolve_pretrained
-from softlabels.recipes import Assistant, MultiTaskRecipe, Pretraining, Recipe, TeacherChoice, plain_options
+from softlabels.recipes import (
+    Assistant,
+    FederatedRecipe,
+    MultiTaskRecipe,
+    Pretraining,
+    Recipe,
+    TeacherChoice,
+    plain_options,
+)
 from softlabels.students import StudentSpec, count_layers
 from softlabels.students.shapes import read_shape
 from softlabels.teacher import teacher_task
@@ -52,6 +60,12 @@ def check_recipe(recipe: Recipe) -> None:
                 _check_student(entry, seen, recipe.pretrain)
             if entry.joint is not None:
                 _check_student(entry.joint_options().students["local"], last, recipe.pretrain)
+
+
+def check_federation(recipe: FederatedRecipe) -> None:
+    """The same of the parties' student."""
+    with _naming("student"):
+        _check_student(recipe.student, _seen(recipe.teacher, recipe.dump), None)
 
 
 def check_tasks_of_recipe(recipe: MultiTaskRecipe) -> None:

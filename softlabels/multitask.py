@@ -36,6 +36,7 @@ from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
 from softlabels.config import MultiTaskOptions, StudentOptions
 from softlabels.corpus import Corpus
+from softlabels.objective import Objective
 from softlabels.optimizer import ParameterGroup
 from softlabels.progress import progress
 from softlabels.runs import TOGETHER, save_run, write_together
@@ -136,10 +137,14 @@ def _prepare_tasks(
 
 
 def _spec(caches: Mapping[str, Cache], name: str, options: StudentOptions) -> StudentSpec:
-    """What the task's cache asks of a student that reads the longest rows of all, and starts like the first one's."""
-    first = next(iter(caches.values()))
+    """What the task's cache asks of a student that reads the longest rows and all token types of any, and starts like
+    the first one's.
+    """
+    configs = [cache.teacher_config() for cache in caches.values()]
     longest = max(cache.manifest.dump.max_length for cache in caches.values())
-    return replace(student_spec(caches[name], options), max_length=longest, teacher_config=first.teacher_config())
+    types = max(config.get("type_vocab_size") or 0 for config in configs)
+    config = configs[0] | ({"type_vocab_size": types} if types else {})
+    return replace(student_spec(caches[name], options), max_length=longest, teacher_config=config)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -261,19 +266,25 @@ def _make_learners(
     for name, task in tasks.items():
         probe = task.cache.tokens(task.rows[:2]).to(accelerator.device)
         run, objective = set_up(task.student, task.stretch, task.cache, probe)
+        for module in _beside(objective):
+            module.to(accelerator.device)
         if objective.projections is not None:
-            objective.projections.to(accelerator.device)
             groups += find_groups(task.student, task.stretch.phase, objective)
         set_ups[name] = (run, objective)
     optimizer, schedule = make_optimizer(body, options.all_phases()[0], options, groups, steps=steps)
     _, optimizer, schedule = accelerator.prepare(body, optimizer, schedule)
     for _, objective in set_ups.values():
-        if objective.projections is not None:
-            accelerator.prepare(objective.projections)
+        for module in _beside(objective):
+            accelerator.prepare(module)
     return {
         name: Learner(run, objective, accelerator, optimizer, schedule, steps, processes)
         for name, (run, objective) in set_ups.items()
     }
+
+
+def _beside(objective: Objective) -> list[nn.Module]:
+    """What is trained and kept in checkpoints, and is no part of a student."""
+    return [module for module in (objective.projections, objective.balances) if module is not None]
 
 
 def _body(tasks: Mapping[str, _Task]) -> nn.ModuleList:

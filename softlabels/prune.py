@@ -12,11 +12,12 @@ import torch
 
 from softlabels.cache import Cache
 from softlabels.config import PruneOptions
-from softlabels.errors import CacheError, StudentError
+from softlabels.errors import StudentError
 from softlabels.heads import HeadScores
 from softlabels.pruning import count_nonzero, prune_student
-from softlabels.runs import Run, load_run, merge_pruned, save_run
+from softlabels.runs import Run, load_run, merge_pruned, refuse_occupied, save_run
 from softlabels.students import student_inputs
+from softlabels.training.preparing import network_of, refuse_foreign
 
 IMPORTANCE_ROWS = 1024  # of the cache, at most, from which heads are weighed
 _BATCH = 32
@@ -44,6 +45,7 @@ def prune(run: Path, *, out: Path, options: PruneOptions, cache: Cache | None = 
     out, before = Path(out), load_run(run)
     if out.resolve() == Path(run).resolve():
         raise StudentError(f"--out {out} is the run that is pruned: give another folder")
+    refuse_occupied(out)
     student = before.student
     if not isinstance(student, torch.nn.Module):
         raise StudentError(
@@ -64,14 +66,9 @@ def prune(run: Path, *, out: Path, options: PruneOptions, cache: Cache | None = 
 
 def weigh_by_gradients(run: Run, cache: Cache, *, rows: int = IMPORTANCE_ROWS) -> torch.Tensor:
     """(layers, heads): what the student's heads do on the first `rows` of `cache`: see `softlabels.heads`."""
-    student = run.student
-    assert isinstance(student, torch.nn.Module)
+    student = network_of(run)
+    refuse_foreign(run, student, cache)
     cache.require(["logits"], why="weighing heads")
-    if cache.label_names != run.label_names:
-        raise CacheError(
-            f"cache {cache.path} has the classes {cache.label_names}, the student {run.label_names}: give the cache "
-            f"that it was trained from"
-        )
     scores = HeadScores(student)
     numbers = torch.arange(min(rows, cache.rows)).numpy()
     with scores.watch(), torch.enable_grad():

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from softlabels.cache.files import hash_file, sync_folder, write_file
 from softlabels.cache.format import TEMPORARY
 from softlabels.config import PruneOptions, explain
-from softlabels.errors import SoftlabelsError, StudentError
+from softlabels.errors import ConfigError, SoftlabelsError, StudentError
 from softlabels.students.exported import TOKENIZER, ExportCard, OnnxFiles, OnnxStudent, load_exported
 from softlabels.types import Example, Task
 
@@ -214,6 +214,17 @@ def save_run(
         shutil.rmtree(draft, ignore_errors=True)
     whole = record.model_copy(update={"files": files})
     write_file(out / RECORD, whole.model_dump_json(indent=1).encode())
+
+
+def refuse_occupied(out: Path) -> None:
+    """ConfigError where `out` is a file, or a folder with anything in it but what a killed `save_run` left."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder")
+    held = sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)) if out.exists() else []
+    if RECORD in held:
+        raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
+    if held:
+        raise ConfigError(f"{out} is not empty and no run (it holds {', '.join(held[:5])}): choose another --out")
 
 
 def write_together(out: Path, runs: Sequence[str]) -> None:

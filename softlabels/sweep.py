@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabels.cache import Cache
+from softlabels.cache.combined import CombinedCache
 from softlabels.cache.files import lock
 from softlabels.config import CombineOptions, RayOptions
 from softlabels.corpus import Corpus
@@ -123,6 +124,8 @@ def sweep(
         check_student(student)  # a trial each would tell the same, later
     setting = Setting(folder, tuple(map(Path, caches)), combining or CombineOptions(), validation, test, cpu)
     cache = open_caches(setting)
+    for line in cache.overlap() if isinstance(cache, CombinedCache) else []:
+        say(line)
     metric = _choose_metric(options, space, cache, validation, test)
     _refuse_hopeless(space, cache, setting)
     if folder.exists() and not folder.is_dir():

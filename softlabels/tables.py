@@ -244,7 +244,7 @@ def federation_table(result) -> str:
         f"these; together: the student on the consensus. Accuracy and macro-F1 in %; the mean gain is "
         f"{100 * result.mean_gain:+.1f}.\n"
         f"The consensus itself has {consensus}% (of each round), over {result.common_rows:,} common rows; "
-        f"{show_size(result.shared_bytes)} of logits left the parties, and nothing else."
+        f"{show_size(result.shared_bytes)} of logits on these left the parties, those on the test rows, nothing else."
     )
 
 

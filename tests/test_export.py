@@ -22,7 +22,7 @@ from softlabels.cli import main
 from softlabels.config import DumpOptions, PruneOptions, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.errors import StudentError
+from softlabels.errors import ConfigError, StudentError
 from softlabels.export import export
 from softlabels.prune import prune
 from softlabels.runs import load_run, save_run
@@ -203,6 +203,9 @@ def test_what_is_not_exported(place: Path, tmp_path: Path, small: Path) -> None:
     assert "no network" in refused(linear, out=tmp_path / "out")
     assert "export the run that it came from" in refused(small, out=tmp_path / "out")
     assert "give another folder" in refused(place / "bert", out=place / "bert")
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        export(place / "bert", out=place / "bilstm")
+    assert load_run(place / "bilstm").kind == "bilstm"
     assert load_run(place / "bert").parameters  # which is as it was
     assert "there is no run folder" in refused(tmp_path / "nowhere", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -32,6 +32,8 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
+LAYERED = [{"loss": "kl"}, {"loss": "hidden_mse", "map": "final", "project": "linear"}]
+
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -166,6 +168,8 @@ def test_the_parts_are_disjoint_and_as_uneven_as_asked() -> None:
         ({"student": TRANSFORMER | {"losses": {"kl": 1, "ce": 1}}}, "leave loss 'ce' out"),
         ({"student": TRANSFORMER | {"options": {"init_from": "teacher"}}}, "no model that all parties have"),
         ({"student": {"student": "bilstm", "losses": {"kl": 1}}, "revisit": {"epochs": 1}}, "must be a transformer"),
+        ({"student": {"student": "linear", "losses": {"mse_logits": 1}}}, "which a linear student reads"),
+        ({"student": TRANSFORMER | {"losses": LAYERED}}, "loss 'hidden_mse' looks at layers"),
         ({"rounds": 2}, "say how with 'revisit'"),
         ({"parties": {"count": 1}}, "greater than or equal to 2"),
         ({"corpus": {"source": "a.csv", "test": "test"}}, "common"),
@@ -179,9 +183,41 @@ def test_what_no_federation_may_ask(place: Path, changes: dict[str, Any], fault:
 
 def test_a_common_corpus_of_private_rows_is_refused(place: Path, tmp_path: Path) -> None:
     corpus = {"source": str(place / "corpus"), "train": "train", "common": "train", "test": "test"}
-    with pytest.raises(CorpusError, match="nothing that parties keep to themselves"):
+    with pytest.raises(CorpusError, match=r"every row of the common corpus .* which parties keep to themselves"):
+        run_federation(recipe_of(place, corpus=corpus), out=tmp_path / "run", cpu=True)
+    corpus |= {"common": "unlabeled", "test": "train"}
+    with pytest.raises(CorpusError, match=r"every row of the test corpus .* give other rows as corpus\.test"):
         run_federation(recipe_of(place, corpus=corpus), out=tmp_path / "run", cpu=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_rounds_go_on_and_private_rows_are_no_test(place: Path, tmp_path: Path) -> None:
+    """A student whose rate is next to nothing is in the second round what it was after the first."""
+    private = read_corpus(place / "corpus", split="train").examples[:7]
+    with (tmp_path / "test.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(row.text, row.label) for row in private] + TEXTS[30:50]
+        csv.writer(file).writerows([("text", "label"), *rows])
+    corpus = {"source": str(place / "corpus"), "train": "train", "common": "unlabeled"}
+    said: list[str] = []
+    recipe = recipe_of(
+        place,
+        corpus=corpus | {"test_source": str(tmp_path / "test.csv")},
+        student=TRANSFORMER | {"lr": 1e-12},
+        rounds=2,
+        revisit={"epochs": 2, "lr": 1e-2, "batch_size": 8},
+    )
+    run_federation(recipe, out=tmp_path / "run", say=said.append, cpu=True)
+    assert "7 of 27 test rows are also a party's own: they are left out" in said
+    assert open_cache(tmp_path / "run" / "tests" / "round-1" / "party-1").rows == 20
+    for party in ("party-1", "party-2"):
+        before, after = (
+            load_file(tmp_path / "run" / "parties" / party / name / "model.safetensors")
+            for name in ("revisited-1", "student-2")
+        )
+        first = load_file(tmp_path / "run" / "parties" / party / "student-1" / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(np.allclose(before[key], after[key], atol=1e-6) for key in before)
+        assert not all(np.allclose(first[key], before[key], atol=1e-4) for key in before)
 
 
 def test_the_shipped_recipe_is_one_and_other_commands_say_so(capsys: pytest.CaptureFixture[str]) -> None:

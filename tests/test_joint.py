@@ -255,6 +255,11 @@ def test_runs_of_other_classes_are_not_averaged(place: Path, cache: Cache, tmp_p
             },
             "student 'local' has several phases",
         ),
+        (
+            {"students": {"global": student(), "local": student(from_run="x")}},
+            "student 'local' of two can't have 'from_",
+        ),
+        ({"students": {"global": student(prune={"magnitude": 0.5}), "local": student()}}, "can't have 'prune'"),
         ({"couple": {"kl": -1}}, "a weight is 0 or more; not -1"),
         ({"couple": {"temperature": "flsw:4"}}, "one temperature for all rows"),
         ({"couple": {"mse": 1}}, "unknown key 'mse'; it takes kl, l2, temperature"),

@@ -16,7 +16,7 @@ from softlabels.cli import main
 from softlabels.config import DumpOptions, PruneOptions, StudentOptions, build_options
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
-from softlabels.errors import CacheError, ConfigError, StudentError
+from softlabels.errors import ConfigError, StudentError
 from softlabels.heads import find_attention, remove_zero_heads, weigh_heads
 from softlabels.prune import prune, weigh_by_gradients
 from softlabels.pruning import count_nonzero, find_matrices, prune_by_magnitude
@@ -294,8 +294,20 @@ def test_what_does_not_fit(place: Path, tmp_path: Path) -> None:
     dump(Corpus("made", None, rows, names), teacher=str(teacher), out=tmp_path / "cache", options=DumpOptions())
     with pytest.raises(StudentError, match="has the classes food, sport, weather, cache"):
         train(tmp_path, "no", from_run=str(place / "bilstm"))
-    with pytest.raises(CacheError, match="has the classes"):
-        prune(place / "bert", out=tmp_path / "x", options=PruneOptions(heads=0.5), cache=open_cache(tmp_path / "cache"))
+    heads = PruneOptions(heads=0.5)
+    with pytest.raises(StudentError, match="has the classes"):
+        prune(place / "bert", out=tmp_path / "x", options=heads, cache=open_cache(tmp_path / "cache"))
+    other = save_teacher(tmp_path / "other", texts=[text[::-1] for text, _ in TEXTS])
+    dump(Corpus("made", None, ROWS, list(LABEL_NAMES)), teacher=str(other), out=tmp_path / "tokens")
+    with pytest.raises(StudentError, match="reads other tokens than cache"):
+        prune(place / "bert", out=tmp_path / "x", options=heads, cache=open_cache(tmp_path / "tokens"))
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for out, told in ((place / "bilstm", "holds a finished run"), (tmp_path / "mine", "not empty and no run")):
+        with pytest.raises(ConfigError, match=told):
+            prune(place / "bert", out=out, options=half)
+    assert load_run(place / "bilstm").kind == "bilstm"
 
 
 def test_the_command_line(place: Path, tmp_path: Path, capsys: Any) -> None:

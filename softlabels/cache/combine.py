@@ -25,7 +25,7 @@ import xxhash
 
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.codec import DTYPES, decode
-from softlabels.cache.combined import LOGITS, Combination, open_several, plan_combination
+from softlabels.cache.combined import LOGITS, CacheShare, Combination, open_several, plan_combination
 from softlabels.cache.files import hash_handle, write_file
 from softlabels.cache.format import (
     EXAMPLES,
@@ -48,20 +48,6 @@ from softlabels.progress import progress
 
 _THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
 _AT_ONCE = 1 << 14  # numbers of each teacher that are mixed at a time, to be in the processor's cache
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShare:
-    """One of the caches, and how its rows and the first one's overlap."""
-
-    cache: Path
-    teacher: str
-    weight: float | None
-    joined_by: str | None  # None: nothing was joined
-    rows: int
-    shared: int  # of the first cache's rows, those that it has
-    lacks: int  # of the first cache's rows, those that it has not
-    left_out: int  # of its own rows, those that are not in the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,31 +91,10 @@ def combine(caches: Sequence[str | Path], *, out: Path, options: CombineOptions 
         rows=plan.join.rows,
         new_rows=new_rows,
         fields=sorted(final.fields),
-        caches=_shares(plan),
+        caches=plan.shares(),
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
     )
-
-
-def _shares(plan: Combination) -> list[CacheShare]:
-    first, card = plan.caches[0], plan.card()
-    shares = []
-    for number, (cache, part) in enumerate(zip(plan.caches, card.caches, strict=True)):
-        found = plan.join.matched[number - 1] if number else None
-        shared = first.rows if found is None else found.shared
-        shares.append(
-            CacheShare(
-                cache=cache.path,
-                teacher=part.teacher,
-                weight=part.weight,
-                joined_by=None if found is None else found.by,
-                rows=cache.rows,
-                shared=shared,
-                lacks=first.rows - shared,
-                left_out=cache.rows - plan.join.rows,
-            )
-        )
-    return shares
 
 
 # -------------------------------------------------------------------------------------------- shared with --rows

@@ -33,6 +33,20 @@ _AT_ONCE = 1 << 16  # rows that `column` mixes at a time
 
 
 @dataclass(frozen=True, slots=True)
+class CacheShare:
+    """One of the caches, and how its rows and the first one's overlap."""
+
+    cache: Path
+    teacher: str
+    weight: float | None
+    joined_by: str | None  # None: nothing was joined
+    rows: int
+    shared: int  # of the first cache's rows, those that it has
+    lacks: int  # of the first cache's rows, those that it has not
+    left_out: int  # of its own rows, those that are not in the result
+
+
+@dataclass(frozen=True, slots=True)
 class Combination:
     """Caches that fit each other, the rows that they share, and how their logits become one's."""
 
@@ -57,6 +71,26 @@ class Combination:
             for cache, weight in zip(self.caches, self.mixing.weights, strict=True)
         ]
         return CombinedCard(how=options.mean, choose=options.choose, caches=parts)
+
+    def shares(self) -> list[CacheShare]:
+        """Of each cache how its rows and the first one's overlap."""
+        first, shares = self.caches[0], []
+        for number, (cache, part) in enumerate(zip(self.caches, self.card().caches, strict=True)):
+            found = self.join.matched[number - 1] if number else None
+            shared = first.rows if found is None else found.shared
+            shares.append(
+                CacheShare(
+                    cache=cache.path,
+                    teacher=part.teacher,
+                    weight=part.weight,
+                    joined_by=None if found is None else found.by,
+                    rows=cache.rows,
+                    shared=shared,
+                    lacks=first.rows - shared,
+                    left_out=cache.rows - self.join.rows,
+                )
+            )
+        return shares
 
     def manifest(self, fields: dict[str, FieldSpec]) -> Manifest:
         """The manifest of a cache of it, before its first shard."""
@@ -179,8 +213,8 @@ def _check_pair(first: Cache, other: Cache) -> None:
     if kinds[0] != "row" and told_by(first, other) != BY_TOKENS:
         raise CacheError(
             f"caches {first.path} and {other.path} have logits for every token, of different tokens (their tokenizers "
-            f"or their max_length differ): dump again with teachers of one tokenizer, cut at the same length. Other "
-            f"tokenizers are for logits of whole texts"
+            f"or their max_length differ, or one alone has token types): dump again with teachers of one tokenizer, "
+            f"cut at the same length. Other tokenizers are for logits of whole texts"
         )
 
 
@@ -211,6 +245,17 @@ class CombinedCache(Cache):
         self.first = combination.caches[0]
         self.combination = combination
         super().__init__(self.first.path, combination.manifest(self.first.fields | {LOGITS: combination.spec}))
+
+    def overlap(self) -> list[str]:
+        """A line for each cache that has other rows than the result; none where all have the same."""
+        return [
+            f"{share.cache}: {share.shared:,} of its {share.rows:,} rows are in {self.first.path}, which has "
+            f"{share.lacks:,} more; {share.left_out:,} are left out"
+            if number
+            else f"{share.cache}: {self.rows:,} of its {share.rows:,} rows are in all caches; the others are left out"
+            for number, share in enumerate(self.combination.shares())
+            if share.lacks or share.left_out
+        ]
 
     def _own(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Rows of the first cache."""

@@ -20,7 +20,6 @@ import xxhash
 
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.combine import (
-    CacheShare,
     CombineReport,
     counted,
     field_shard,
@@ -32,7 +31,7 @@ from softlabels.cache.combine import (
     write_shards,
     write_tables,
 )
-from softlabels.cache.combined import open_several, part_of
+from softlabels.cache.combined import CacheShare, open_several, part_of
 from softlabels.cache.format import EXAMPLES, CombinedCard, Manifest, shard_file
 from softlabels.cache.join import id_hashes
 from softlabels.cache.reader import Cache

@@ -1,8 +1,8 @@
 """Which rows of several caches are the same ones: caches come in, the rows that all have come out, and where they lie.
 
-Rows are the same whose id and token hash are. Where two caches' texts were read by other tokenizers, or cut at another
-length, no token hash can agree: there it is id and text, or, where a cache holds no texts, the id alone of one and the
-same corpus.
+Rows are the same whose id and token hash are. Where two caches' texts were read by other tokenizers, cut at another
+length, or have token types in one alone (BERT's do, DistilBERT's of the same vocabulary don't), no token hash can
+agree: there it is id and text, or, where a cache holds no texts, the id alone of one and the same corpus.
 
 Caches with the same `join` in their manifests have the same rows in the same order, and nothing is read. Else each row
 is known by two hashes of 64 bits, and found by a binary search: 16 bytes a row of the first cache and of the one that
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from softlabels.cache.format import EXAMPLES
+from softlabels.cache.format import EXAMPLES, Manifest
 from softlabels.cache.reader import Cache
 from softlabels.cache.shards import open_shard
 from softlabels.errors import CacheError
@@ -78,7 +78,7 @@ def join_caches(caches: Sequence[Cache]) -> Join:
 def told_by(first: Cache, other: Cache) -> str:
     """By what rows of two caches are told to be the same; CacheError where nothing can tell."""
     one, two = first.manifest, other.manifest
-    if (one.tokenizer_hash, one.dump.max_length) == (two.tokenizer_hash, two.dump.max_length):
+    if _reading(one) == _reading(two):
         return BY_TOKENS
     if one.dump.text and two.dump.text:
         return BY_TEXT
@@ -90,6 +90,11 @@ def told_by(first: Cache, other: Cache) -> str:
         f"(or cut at other lengths), {bare.path} holds no texts, and their corpora ({one.corpus.source} and "
         f"{two.corpus.source}) differ. Dump them with texts, or from one corpus"
     )
+
+
+def _reading(manifest: Manifest) -> tuple[str, int, bool]:
+    """What a text's token hash depends on beside the text."""
+    return manifest.tokenizer_hash, manifest.dump.max_length, manifest.teacher.token_types
 
 
 class _Keys:

@@ -14,7 +14,8 @@ from pathlib import Path
 import xxhash
 
 from softlabels.cache.build import CacheBuild, derive_cache
-from softlabels.cache.combine import CacheShare, CombineReport, write_shards
+from softlabels.cache.combine import CombineReport, write_shards
+from softlabels.cache.combined import CacheShare
 from softlabels.cache.files import publish, temporary, write_file
 from softlabels.cache.format import (
     EXAMPLES,

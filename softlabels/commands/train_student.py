@@ -171,6 +171,8 @@ def train_student_command(
         opened = open_cache(caches[0], cache_size=room)
     else:
         opened = open_combined(caches, combining, cache_size=room)
+        for line in opened.overlap() if is_first_process() else []:
+            typer.echo(line, err=True)
     corpus = None if eval_corpus is None else read_corpus(eval_corpus, split=eval_split, text=text, label=label)
     report = train_student(opened, out=out, options=options, validation=corpus, resume=resume, cpu=cpu)
     if is_first_process():

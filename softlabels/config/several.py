@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -56,6 +57,8 @@ class JointOptions(Strict):
                 f"{', '.join(self.students) or 'none'}"
             )
         one, other = (self.students[name] for name in JOINT_NAMES)
+        for name in JOINT_NAMES:
+            _refuse_alone(self.students[name], ("prune", "from_run"), f"student '{name}' of two")
         phases = {name: self.students[name].all_phases() for name in JOINT_NAMES}
         for name, found in phases.items():
             if len(found) > 1 or found[0].progressive:
@@ -73,6 +76,13 @@ class JointOptions(Strict):
                     f"{JOINT_NAMES[0]} and {theirs} for {JOINT_NAMES[1]}"
                 )
         return self
+
+
+def _refuse_alone(student: StudentOptions, keys: Sequence[str], who: str) -> None:
+    """ValueError for an option that only a student which trains by itself can have."""
+    for key in keys:
+        if getattr(student, key) is not None:
+            raise ValueError(f"{who} can't have '{key}', which is for a student by itself: leave it out")
 
 
 class TaskChoice(Strict):
@@ -97,6 +107,7 @@ class MultiTaskOptions(StudentOptions):
 
     @model_validator(mode="after")
     def _one_phase(self) -> MultiTaskOptions:
+        _refuse_alone(self, ("prune", "from_run", "window"), "a student of several tasks")
         if self.phases:
             raise ValueError("several tasks train in one phase: give 'losses' and no 'phases'")
         if self.rows is not None:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from softlabels.config import (
     ASSISTANT,
+    LAYER_LOSSES,
     PRETRAINED,
     TEACHER,
     CombineOptions,
@@ -53,7 +54,7 @@ class FederatedRecipe(Strict):
 
     Every party trains a `teacher` on rows of its own and dumps its logits on the common corpus; the caches are
     combined, and every party's `student` learns from the consensus. With `revisit` it then goes on, on its own labels
-    (FedMD's 'revisit'); of several `rounds` that is the party's teacher in the next.
+    (FedMD's 'revisit'); of several `rounds` that is the party's teacher in the next, and where its student starts.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -90,6 +91,10 @@ class FederatedRecipe(Strict):
             raise ValueError(
                 f"student: init_from: {self.student.options['init_from']} is no model that all parties have"
             )
+        if self.student.student == "linear":
+            raise ValueError("the common rows come without texts, which a linear student reads: take another student")
+        if layered := sorted(self.student.loss_names() & set(LAYER_LOSSES)):
+            raise ValueError(f"parties tell each other logits alone, and loss '{layered[0]}' looks at layers")
         if "ce" in self.student.loss_names():
             raise ValueError(
                 "the common rows have no labels: leave loss 'ce' out; 'revisit' is for a party's own labels"

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from softlabels.config import (
     LAYER_LOSSES,
+    PENALTIES,
     Couple,
     DumpOptions,
     JointOptions,
@@ -131,6 +132,9 @@ class StudentEntry(StudentOptions):
             return self
         if (self.hard_twin and "hard_twin" in self.model_fields_set) or self.hard_epochs is not None:
             raise ValueError("students that train together have no hard twin: 'joint.alone' trains each by itself")
+        for key in ("compress", "direct_twin"):
+            if getattr(self, key):
+                raise ValueError(f"students that train together can't have '{key}', which is for one by itself")
         if not {"losses", "phases"} & self.joint.local.model_fields_set:
             raise ValueError("joint.local: say what it learns from with 'losses'")
         try:
@@ -163,7 +167,7 @@ def alone_options(options: JointOptions, name: str) -> StudentOptions:
     """
     student = options.students[name]
     phase, how = student.all_phases()[0], options.couple
-    if any(term.loss not in LAYER_LOSSES for term in phase.terms):
+    if any(term.loss not in (*LAYER_LOSSES, *PENALTIES) for term in phase.terms):
         return student
     if parse_schedule(how.kl, what="weight").end > 0:
         head = LossTerm(loss="kl", weight=how.kl, temperature=how.temperature)

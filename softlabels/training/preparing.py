@@ -117,24 +117,34 @@ def read_source(options: StudentOptions, cache: Cache, out: Path) -> Run | None:
     student = network_of(source)
     if options.student != source.record.student:
         raise StudentError(f"{source.path} is a {source.record.student} student, not a {options.student}")
-    if source.label_names != cache.label_names:
+    refuse_foreign(source, student, cache)
+    return source
+
+
+def refuse_foreign(run: Run, student: PreTrainedModel, cache: Cache) -> None:
+    """StudentError where the `student` of a run can't read `cache`, or would answer something else of it."""
+    if run.record.task != cache.manifest.teacher.task:
         raise StudentError(
-            f"{source.path} has the classes {', '.join(source.label_names)}, cache {cache.shown} "
-            f"{', '.join(cache.label_names)}: train it further from a cache of its own teacher"
+            f"{run.path} is a {run.record.task} student, and the teacher of cache {cache.shown} is for "
+            f"{cache.manifest.teacher.task}: give a cache of its own teacher"
         )
-    assert source.tokenizer is not None
-    if source.tokenizer.get_vocab() != cache.tokenizer().get_vocab():
+    if run.label_names != cache.label_names:
         raise StudentError(
-            f"{source.path} reads other tokens than cache {cache.shown} holds: train it further from a cache of a "
-            f"teacher with the same tokenizer"
+            f"{run.path} has the classes {', '.join(run.label_names)}, cache {cache.shown} "
+            f"{', '.join(cache.label_names)}: give a cache of its own teacher"
         )
-    limit = longest_input(source.tokenizer, student.config)
+    assert run.tokenizer is not None
+    if run.tokenizer.get_vocab() != cache.tokenizer().get_vocab():
+        raise StudentError(
+            f"{run.path} reads other tokens than cache {cache.shown} holds: give a cache of a teacher with the same "
+            f"tokenizer"
+        )
+    limit = longest_input(run.tokenizer, student.config)
     if cache.manifest.dump.max_length > limit:
         raise StudentError(
-            f"{source.path} reads {limit} tokens at most, and rows of cache {cache.shown} have up to "
+            f"{run.path} reads {limit} tokens at most, and rows of cache {cache.shown} have up to "
             f"{cache.manifest.dump.max_length}: dump it with --max-length {limit}"
         )
-    return source
 
 
 def network_of(source: Run) -> PreTrainedModel:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from softlabels.cache import Cache
+from softlabels.cache.combined import CombinedCache
 from softlabels.checkpoint import Progress
 from softlabels.config import StudentOptions, package_versions
 from softlabels.runs import Pruned, Run, RunRecord
@@ -105,9 +106,13 @@ def make_report(run: Path, record: RunRecord, *, seconds: float) -> TrainReport:
 
 def _cache_card(cache: Cache) -> dict[str, Any]:
     card = cache.manifest.teacher
-    return {
+    found: dict[str, Any] = {
         "path": cache.shown,
         "teacher": card.name,
         "weights_hash": card.weights_hash,
         "identity": cache.identity(),
     }
+    if isinstance(cache, CombinedCache):
+        shares = cache.combination.shares()
+        found["combined"] = [asdict(share) | {"cache": str(share.cache)} for share in shares]
+    return found

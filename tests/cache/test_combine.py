@@ -220,7 +220,7 @@ def test_rows_in_another_order_and_other_shards(three: list[Path], tokenizers: l
     assert [(share.shared, share.lacks) for share in report.caches] == [(ROWS, 0), (ROWS, 0)]
 
 
-def test_partial_overlap_is_reported(three: list[Path], tokenizers: list[str], tmp_path: Path) -> None:
+def test_partial_overlap_is_reported(three: list[Path], tokenizers: list[str], tmp_path: Path, capsys) -> None:
     own = [Example(f"own{i}", f"a text of its own {i}", label=LABEL_NAMES[i % 3]) for i in range(3)]
     second = make(tmp_path / "b", tokenizers[0], seed=1, examples=[*own, *EXAMPLES[10:], *EXAMPLES[:3]])
     third = make(tmp_path / "c", tokenizers[0], seed=2, examples=[e for e in EXAMPLES if e.id != "r12"], shard_rows=9)
@@ -244,6 +244,17 @@ def test_partial_overlap_is_reported(three: list[Path], tokenizers: list[str], t
     assert np.array_equal(view.used_ids(np.arange(4)), cache.used_ids(np.arange(4)))
     with pytest.raises(IndexError):
         view.tokens([32])
+    assert view.overlap() == [
+        f"{three[0]}: 32 of its 40 rows are in all caches; the others are left out",
+        f"{second}: 33 of its 36 rows are in {three[0]}, which has 7 more; 4 are left out",
+        f"{third}: 39 of its 39 rows are in {three[0]}, which has 1 more; 7 are left out",
+    ]
+    assert open_combined(three).overlap() == []
+    command = ["train-student", str(three[0]), str(second), "--student", "bilstm", "--epochs", "1"]
+    assert _guarded([*command, "--out", str(tmp_path / "run")], debug=True) == 0
+    assert f"{second}: 33 of its 36 rows are in" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [(share["shared"], share["lacks"]) for share in record["cache"]["combined"]] == [(40, 0), (33, 7)]
 
 
 def test_other_tokenizers_are_joined_by_text(three: list[Path], tokenizers: list[str], tmp_path: Path) -> None:
@@ -264,6 +275,22 @@ def test_other_tokenizers_are_joined_by_text(three: list[Path], tokenizers: list
     bare = make(tmp_path / "bare-other", tokenizers[1], seed=1, examples=changed, text=False)
     with pytest.raises(CacheError, match=r"cannot be told to be the same.*bare-other holds no texts.*Dump them with"):
         combine([three[0], bare], out=tmp_path / "refused")
+
+
+def test_one_vocabulary_with_and_without_token_types(three: list[Path], tokenizers: list[str], tmp_path: Path) -> None:
+    """BERT's tokenizer and DistilBERT's: no token hash agrees, the texts do."""
+    plain = tiny_tokenizer()
+    plain.model_input_names = ["input_ids", "attention_mask"]
+    plain.save_pretrained(tmp_path / "plain")
+    other = make(tmp_path / "other", str(tmp_path / "plain"), seed=1)
+    assert open_cache(other).manifest.tokenizer_hash == open_cache(three[0]).manifest.tokenizer_hash
+    assert not open_cache(other).manifest.teacher.token_types
+    report = combine([three[0], other], out=tmp_path / "both")
+    assert report.rows == ROWS and report.caches[1].joined_by == "id and text"
+    combine([three[0], three[1]], out=tmp_path / "same")  # with the same logits, of the same seed
+    assert np.array_equal(
+        open_cache(tmp_path / "both").column("logits"), open_cache(tmp_path / "same").column("logits")
+    )
 
 
 def test_cut_rows_are_counted(tokenizers: list[str], tmp_path: Path) -> None:
