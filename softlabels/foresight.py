@@ -6,7 +6,7 @@ Only configurations are read: of the models, what layers there are; of the recip
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from softlabels.captures.choose import choose_captures
 from softlabels.captures.forward import Request
 from softlabels.config import ASSISTANT, BASE, PRETRAINED, TEACHER, DumpOptions, StudentOptions
 from softlabels.errors import ConfigError, StudentError, TeacherError
-from softlabels.objective import fill_in, layers_of, refuse_lacking
+from softlabels.losses import LAYER_LOSSES, NEEDS
+from softlabels.objective import Term, fill_in, layers_of, refuse_lacking
 from softlabels.phases import write_out
 from softlabels.pretrained import load_tokenizer, resolve_pretrained
 from softlabels.recipes import (
@@ -34,9 +35,13 @@ from softlabels.recipes import (
 )
 from softlabels.students import StudentSpec, count_layers
 from softlabels.students.shapes import read_shape
+from softlabels.students.starts import read_setting
 from softlabels.teacher import teacher_task
 from softlabels.training.many_tasks import task_options
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field
+
+# losses on hidden states that compare them value by value
+_SAME_WIDTH = ("hidden_mse", "hidden_cosine", "pkd", "layer_output", "feature_map_mse", "feature_statistics")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -87,13 +92,14 @@ def check_tasks_of_recipe(recipe: MultiTaskRecipe) -> None:
 def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any]) -> dict[str, Any]:
     """The options of an assistant of a `teacher` (its config.json): its own, over the rule's where they say no shape.
 
-    The rule is MiniLM's: as deep as the teacher, and otherwise as the first student that is a transformer.
+    The rule is MiniLM's: as deep as the teacher, and otherwise as the first student that is a transformer; one that
+    starts from a model is as wide as that.
     """
     own = assistant.options
     if own.keys() & {"preset", "config", "init_from"}:
         return own
     models = [entry.options for entry in recipe.students if entry.student == "transformer"]
-    shapes = [{key: value for key, value in model.items() if not key.startswith("init_")} for model in models]
+    shapes = [_without_start(model, recipe, teacher) for model in models]
     shapes = [shape for shape in shapes if shape and "config" not in shape]
     depth = layers_of(teacher)
     if not own.keys() & {"hidden_size", "d_model", "dim"} and not shapes:
@@ -109,6 +115,19 @@ def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any
     if not own.keys() & {"layers", "num_hidden_layers"}:
         shape["layers"] = depth
     return shape | own
+
+
+def _without_start(options: dict[str, Any], recipe: Recipe, teacher: dict[str, Any]) -> dict[str, Any]:
+    """A student's `options` without what it starts from, and the sizes that it has from that written out."""
+    own = {key: value for key, value in options.items() if not key.startswith("init_")}
+    start = options.get("init_from")
+    if start == PRETRAINED and recipe.pretrain is not None:
+        return _without_start(recipe.pretrain.student.options, recipe, teacher) | own
+    if start not in (BASE, TEACHER):
+        return own
+    names = {"model_type": "model_type", "hidden_size": "hidden_size", "heads": "num_attention_heads"}
+    sizes = {option: read_setting(teacher, name) for option, name in (*names.items(), ("intermediate_size",) * 2)}
+    return {option: size for option, size in sizes.items() if size is not None} | own
 
 
 @contextmanager
@@ -163,7 +182,29 @@ def _check_student(options: StudentOptions, seen: _Seen | None, pretrain: Pretra
     requests = resolve_layers(choose_captures(parse_captures(dump.capture), task), layers=depth)
     for phase in write_out(options.all_phases(), student_layers=layers, teacher_layers=depth):
         terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, seen.folder))
+        if layers is not None:
+            _check_sizes(terms, read_shape(_spec(shape, config, task, dump)).config.to_dict(), config)
         refuse_lacking(terms, _fields(requests), config, language=task in LANGUAGE_MODELS)
+
+
+def _check_sizes(terms: Sequence[Term], student: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """ConfigError where a loss compares heads, or values of hidden states, of which the models have other numbers."""
+    for term in terms:
+        need = NEEDS[term.loss][0] if term.loss in LAYER_LOSSES else ""
+        usual = "mean" if term.loss == "attention_scores_ce" else "each"
+        by_head = need.startswith("attention") and term.options.get("heads", usual) == "each"
+        by_head |= need in ("query", "key", "value") and "relation_heads" not in term.options
+        by_value = term.loss in _SAME_WIDTH and term.project is None
+        for wanted, setting, option, way_out in (
+            (by_head, "num_attention_heads", "heads", "give it as many (option heads: teacher)"),
+            (by_value, "hidden_size", "hidden_size", "give the loss project: linear"),
+        ):
+            mine, theirs = (read_setting(config, setting) for config in (student, teacher))
+            if wanted and mine is not None and theirs is not None and mine != theirs:
+                raise ConfigError(
+                    f"loss '{term.loss}' needs the same {option} on both sides, and the student has {mine}, its "
+                    f"teacher {theirs}: {way_out}"
+                )
 
 
 def _folder(teacher: TeacherChoice) -> Path | None:

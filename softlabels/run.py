@@ -30,7 +30,7 @@ from softlabels.joint import train_joint
 from softlabels.multitask import train_multitask
 from softlabels.pretrained import resolve_pretrained
 from softlabels.recipes import MultiTaskRecipe, Pretraining, Recipe, StudentEntry, alone_options, plain_options
-from softlabels.running.corpora import Corpora, check_corpora, check_teacher_rows
+from softlabels.running.corpora import Corpora, check_teacher_rows, check_test
 from softlabels.running.students import (
     Starts,
     evaluate_run,
@@ -137,7 +137,8 @@ def run_tasks(
         corpora = {task.name: Corpora(task.corpus, task.teacher) for task in recipe.tasks}
         for task in recipe.tasks:
             check_options(task_options(recipe.student, task.name))
-            check_corpora(f"{recipe.name}, task {task.name}", task.corpus, task.teacher, corpora[task.name])
+            check_test(f"{recipe.name}, task {task.name}", task.corpus, corpora[task.name])
+            check_teacher_rows(task.teacher, corpora[task.name], corpora[task.name])
         check_tasks_of_recipe(recipe)
         caches, tests, paid_once = {}, {}, 0.0
         for task in recipe.tasks:
@@ -203,7 +204,9 @@ def _check(recipe: Recipe, corpora: Corpora) -> None:
     for options in ([recipe.pretrain.student] if recipe.pretrain else []) + recipe.assistants:
         check_options(options)
     check_recipe(recipe)
-    check_corpora(recipe.name, recipe.corpus, recipe.teacher, corpora)
+    check_test(recipe.name, recipe.corpus, corpora)
+    if not recipe.teachers:
+        check_teacher_rows(recipe.teacher, corpora, corpora)
     for number, choice in enumerate(recipe.teachers):
         if choice.train is None or not choice.train.from_scratch:
             resolve_pretrained(choice.model)  # the last of several would else be missed after the others' training

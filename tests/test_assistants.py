@@ -27,7 +27,10 @@ STUDENT: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 16,
 }
-
+HEADS = [{"loss": "attention_kl", "map": "final"}, {"loss": "kl"}]
+WIDTH = [{"loss": "hidden_mse", "map": "final"}, {"loss": "kl"}]
+WIDE = {"name": "middle", "options": {"hidden_size": 16, "heads": 2}, "losses": {"kl": 1}}
+ALL = {"capture": ["logits", "hidden:all", "qkv:all"]}
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -101,6 +104,30 @@ def test_each_hop_learns_from_the_one_before(place: Path, tmp_path: Path) -> Non
     assert {line.split("-")[1] for line in said} == {"small"}  # nothing above it again
 
 
+def test_an_assistant_is_as_wide_as_a_student_that_starts_from_a_model() -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    teacher = {"model_type": "bert", "num_hidden_layers": 6, **sizes}
+    wide = {"model_type": "bert", "hidden_size": 48, "heads": 4, "intermediate_size": 96, "layers": 6}
+    plain = {key: STUDENT[key] for key in ("student", "options", "losses")}
+    general = {"corpus": {"source": "b.csv"}, "teacher": {"model": "m"}, "student": plain}
+    for start, shape in (
+        ({"init_from": "base", "layers": 3}, wide),
+        ({"init_from": "teacher", "init_layers": [1, 6]}, wide),
+        ({"init_from": "pretrained", "layers": 2}, STUDENT["options"] | {"layers": 6}),
+    ):
+        recipe = Recipe.model_validate(
+            {
+                "name": "shapes",
+                "corpus": {"source": "a.csv"},
+                "teacher": {"model": "m"},
+                "pretrain": general,
+                "assistants": [{"name": "a"}],
+                "students": [STUDENT | {"options": start}],
+            }
+        )
+        assert shape_assistant(recipe.assistants[0], recipe, teacher) == shape
+
+
 def test_an_assistant_in_the_shape_of_its_teacher_equals_it_in_depth_alone() -> None:
     recipe = Recipe.model_validate(
         {
@@ -164,6 +191,15 @@ def test_an_assistant_that_does_not_fit_is_told_before_the_teacher_is_trained(pl
         ({"assistants": [{"name": "middle", "losses": layers}]}, "assistant 'middle'.*value"),
         # a student with no width to give it
         ({"students": [STUDENT | {"student": "bilstm", "options": {}}]}, "assistant 'middle'.*how wide"),
+        # losses that compare heads, or values, of which the models have other numbers
+        (
+            {"assistants": [{"name": "middle", "losses": HEADS}], "dump": ALL},
+            "assistant 'middle'.*'attention_kl' needs",
+        ),
+        (
+            {"students": [STUDENT | {"losses": WIDTH}], "assistants": [WIDE], "dump": ALL},
+            "student 'small'.*project: lin",
+        ),
         # its width is no multiple of its heads
         ({"assistants": [{"name": "middle", "options": {"heads": 3}}]}, "assistant 'middle'.*3 heads"),
     ]

@@ -128,8 +128,10 @@ def test_every_task_is_learned(caches: dict[str, Cache], tmp_path: Path) -> None
 def test_interrupted_tasks_resume_to_the_same_result(
     caches: dict[str, Cache], tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = [{"loss": "kl"}, {"loss": "hidden_mse", "map": "final", "project": "linear"}]
-    chosen = options(epochs=3, tasks={"length": {"losses": layers, "temperature": "2"}})
+    layers: list[dict[str, Any]] = [{"loss": "kl"}, {"loss": "hidden_mse", "map": "final", "project": "linear"}]
+    layers += [{"loss": "emd", "map": [[[1, 2], [2]]], "project": "linear", "options": {"update": True}}]
+    shape = SMALL["transformer"] | {"layers": 2}
+    chosen = options(epochs=3, options=shape, tasks={"length": {"losses": layers, "temperature": "2"}})
     train_multitask(caches, out=tmp_path / "whole", options=chosen, cpu=True)
     saved, save = 0, multitask_module.save_checkpoint
 
@@ -152,7 +154,7 @@ def test_interrupted_tasks_resume_to_the_same_result(
         assert all(torch.equal(one[key], other[key]) for key in one)
         record = read_record(tmp_path / "cut" / name)
         assert record.history == read_record(tmp_path / "whole" / name).history
-    assert (record.temperature, set(record.losses)) == ("2", {"kl", "hidden_mse"})
+    assert (record.temperature, set(record.losses)) == ("2", {"kl", "hidden_mse", "emd"})
     assert record.together == {"as": "length", "with": ["subject"], "power": 0.75}
     assert json.loads((tmp_path / "cut" / "together.json").read_text())["runs"] == ["subject", "length"]
 

@@ -506,6 +506,23 @@ def test_several_teachers_make_one_cache(place: Path, tmp_path: Path, capsys) ->
     assert [card.choose for card in cards if card is not None] == ["label", None]  # no look at the test's answers
 
 
+def test_parties_with_corpora_of_their_own_need_no_label_in_common(place: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "own.csv", TEXTS[:30])
+    party: dict[str, Any] = {"model": str(place / "base"), "train": {"epochs": 1, "lr": 3e-3, "batch_size": 8}}
+    party["corpus"] = {"source": str(tmp_path / "own.csv")}
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    file = tmp_path / "parties.yaml"
+    bare = recipe["corpus"] | {"train": "unlabeled", "transfer": "unlabeled"}
+    students = [{"name": "linear", "student": "linear", "losses": {"mse_logits": 1}, "hard_twin": False}]
+    file.write_text(yaml.safe_dump(ENSEMBLE | {"corpus": bare, "teachers": [party, party], "students": students}))
+    result = run_recipe(read_recipe(str(file)), out=tmp_path / "out", cpu=True)
+    assert result.rows[0].accuracy_soft is not None
+    with pytest.raises(CorpusError, match="no labelled row among"):
+        alone = {key: value for key, value in party.items() if key != "corpus"}
+        file.write_text(yaml.safe_dump(ENSEMBLE | {"corpus": bare, "teachers": [alone, party], "students": students}))
+        run_recipe(read_recipe(str(file)), out=tmp_path / "other", cpu=True)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

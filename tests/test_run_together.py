@@ -155,12 +155,17 @@ def test_alone_a_mute_student_learns_to_answer_from_the_teacher(place: Path) -> 
         *own, last = local.all_phases()[0].terms
         assert own == options.students["local"].all_phases()[0].terms
         assert last.model_dump(exclude_unset=True) == added
+    recipe["students"][0]["joint"]["local"]["losses"].append({"loss": "parameter_norm", "weight": 1e-6})
+    options = Recipe.model_validate(recipe).students[0].joint_options(seed=3)
+    assert alone_options(options, "local").all_phases()[0].terms[-1].loss == "mse_logits"  # a penalty teaches no answer
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"hard_twin": True}, "students that train together have no hard twin"),
+        ({"compress": [["int8"]]}, "students that train together can't have 'compress'"),
+        ({"direct_twin": True}, "can't have 'direct_twin'"),
         ({"hard_epochs": 3}, "no hard twin"),
         ({"joint": {"local": {"student": "transformer"}}}, "joint.local: say what it learns from with 'losses'"),
         (

@@ -52,14 +52,13 @@ class Corpora:
         return self.choice.rows
 
 
-def check_corpora(name: str, choice: CorpusChoice, teacher: TeacherChoice, corpora: Corpora) -> None:
-    """ConfigError or CorpusError where there is nothing to test on, or a teacher could not be trained."""
+def check_test(name: str, choice: CorpusChoice, corpora: Corpora) -> None:
+    """ConfigError or CorpusError where there is nothing to test on."""
     if choice.test is None and choice.test_source is None:
         raise ConfigError(f"recipe {name}: say what to test on: corpus.test (a split) or corpus.test_source (a file)")
     test = corpora.read("test")
     if all(example.label is None for example in test.examples):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the students on")
-    check_teacher_rows(teacher, corpora, corpora)
 
 
 def check_teacher_rows(teacher: TeacherChoice, own: Corpora, corpora: Corpora) -> None:
