@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+)
 
 from softlabels import multitask as multitask_module
 from softlabels.cache import Cache, open_cache
@@ -252,6 +257,28 @@ def test_pairs_and_texts_share_an_encoder(place: Path, caches: dict[str, Cache],
     one, other = run.logits([Example("0", TEXTS[0][0], TEXTS[1][0]), Example("1", TEXTS[0][0], TEXTS[2][0])])
     assert not np.allclose(one, other)  # the second text counts
     assert load_run(tmp_path / "run" / "subject").logits([Example("0", TEXTS[0][0])]).shape == (1, 3)
+
+
+def test_token_types_that_the_first_teacher_does_not_know(place: Path, tmp_path: Path) -> None:
+    """DistilBERT's config has none, and pairs of the second task have two."""
+    tokenizer = tiny_tokenizer()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        dim=16,
+        n_heads=2,
+        n_layers=1,
+        hidden_dim=16,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+    save_model(tmp_path / "teacher", DistilBertForSequenceClassification(config), tokenizer)
+    texts = [Example(str(i), text) for i, (text, _) in enumerate(TEXTS[:20])]
+    dump(Corpus("made", None, texts, None), teacher=str(tmp_path / "teacher"), out=tmp_path / "texts")
+    pairs = [Example(str(i), text, TEXTS[i - 1][0]) for i, (text, _) in enumerate(TEXTS[:20])]
+    dump(Corpus("made", None, pairs, None), teacher=str(place / "other"), out=tmp_path / "pairs")
+    mixed = {name: open_cache(tmp_path / name) for name in ("texts", "pairs")}
+    train_multitask(mixed, out=tmp_path / "run", options=options(epochs=1, losses={"kl": 1}), cpu=True)
+    assert json.loads((tmp_path / "run" / "texts" / "config.json").read_text())["type_vocab_size"] == 2
 
 
 @pytest.mark.parametrize(
