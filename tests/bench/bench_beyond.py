@@ -15,6 +15,7 @@ multitask    one small transformer for all tasks, annealed                plain:
 assistant    a transformer of 2 layers, 96 wide, by way of an assistant   plain: from the teacher's own cache
 alp-kd, ckd, emd, taylor-fo, progressive    3 of MiniLM's layers          plain: as many epochs of KL (and CE) alone
 compression  a BiLSTM pruned, distilled again, quantised                  plain: as it was distilled
+heads        3 of MiniLM's layers, a quarter of their heads pruned        plain: as it was distilled
 """
 
 from __future__ import annotations
@@ -282,6 +283,36 @@ def compression(place: Place) -> dict[str, Figures]:
     return found
 
 
+def heads(place: Place) -> dict[str, Figures]:
+    from softlabels.cache import open_cache
+    from softlabels.config import PruneOptions
+    from softlabels.export import export
+    from softlabels.pretrained import resolve_pretrained
+    from softlabels.prune import prune
+
+    start = {"init_from": str(resolve_pretrained(MINILM)), "layers": 3}
+    common = {"student": "transformer", "losses": {"kl": 1.0}, "batch_size": 32}
+    found = {"plain": place.train("distilled", **common, options=start, lr=1e-4, epochs=2)}
+    quarter, cache = PruneOptions(heads=0.25), open_cache(place.task / "cache")
+    prune(place.out / "distilled", out=place.out / "pruned", options=quarter, cache=cache)
+    found["pruned"] = place.score(place.out / "pruned")
+    found["pruned, distilled again"] = place.train(
+        "again", **common, from_run=str(place.out / "pruned"), lr=5e-5, epochs=1
+    )
+    found["pruned first, then distilled"] = place.train(
+        "first", **common, options=start, lr=1e-4, epochs=2, prune={"heads": 0.25}
+    )
+    for title, run, int8 in (
+        ("onnx", "distilled", False),
+        ("int8", "distilled", True),
+        ("pruned, distilled again, onnx", "again", False),
+        ("pruned, distilled again, int8", "again", True),
+    ):
+        export(place.out / run, out=place.out / f"{run}-{int8}", int8=int8)
+        found[title] = place.score(place.out / f"{run}-{int8}")
+    return found
+
+
 PARTS: dict[str, Callable[[Place], dict[str, Figures]]] = {
     "ensemble": ensemble,
     "federated": federated,
@@ -290,6 +321,7 @@ PARTS: dict[str, Callable[[Place], dict[str, Figures]]] = {
     "assistant": assistant,
     "cross-layer": cross_layer,
     "compression": compression,
+    "heads": heads,
 }
 
 
@@ -326,7 +358,7 @@ def print_part(part: str, task: str, found: list[dict[str, Figures]]) -> None:
         line = f"  {name:<38}{statistics.mean(accuracies):>7.1f} ±{statistics.pstdev(accuracies):>4.1f}"
         if "macro_f1" in figures[0]:
             line += f"   F1 {100 * statistics.mean(one['macro_f1'] for one in figures):>5.1f}"
-        if part == "compression":
+        if part in ("compression", "heads"):
             line += f"   {statistics.mean(one['bytes'] for one in figures) / 1e6:>6.1f} MB"
             line += f"   {statistics.median(one['ms'] for one in figures):>6.2f} ms"
         print(line, flush=True)
