@@ -262,7 +262,6 @@ def test_pairs_and_texts_share_an_encoder(place: Path, caches: dict[str, Cache],
 def test_token_types_that_the_first_teacher_does_not_know(place: Path, tmp_path: Path) -> None:
     """DistilBERT's config has none, and pairs of the second task have two."""
     tokenizer = tiny_tokenizer()
-    config = DistilBertConfig(
         vocab_size=len(tokenizer),
         dim=16,
         n_heads=2,
