@@ -262,13 +262,8 @@ def test_pairs_and_texts_share_an_encoder(place: Path, caches: dict[str, Cache],
 def test_token_types_that_the_first_teacher_does_not_know(place: Path, tmp_path: Path) -> None:
     """DistilBERT's config has none, and pairs of the second task have two."""
     tokenizer = tiny_tokenizer()
-        vocab_size=len(tokenizer),
-        dim=16,
-        n_heads=2,
-        n_layers=1,
-        hidden_dim=16,
-        max_position_embeddings=64,
-        num_labels=3,
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=16, n_heads=2, n_layers=1, hidden_dim=16, max_position_embeddings=64
     )
     save_model(tmp_path / "teacher", DistilBertForSequenceClassification(config), tokenizer)
     texts = [Example(str(i), text) for i, (text, _) in enumerate(TEXTS[:20])]
