@@ -68,7 +68,7 @@ class Place:
         from softlabels.corpus import read_corpus
         from softlabels.train import train_student
 
-        chosen = {"seed": self.seed, "rows": ROWS} | options
+        chosen = {"rows": ROWS} | options | {"seed": self.seed}  # a recipe's options have one of their own
         if chosen["student"] == "bilstm" and "from_run" not in chosen:
             chosen["options"] = {"word_vectors": str(self.task / "vectors.txt")} | chosen.get("options", {})
         train_student(
