@@ -53,6 +53,7 @@ from softlabels.tasks import (
     encode_corpus_labels,
     encode_task_labels,
     mask_often,
+    masking_odds,
     tokenize_task,
 )
 from softlabels.teacher import Teacher, at_precision, load_teacher
@@ -125,10 +126,14 @@ def dump(
     requests = choose_captures(requests, loaded.task)
     if loaded.task == IMAGES and options.max_length is not None:
         raise ConfigError("--max-length: images have no length to be cut to")
-    masking = _masking(loaded, options)
+    masking, odds = _masking(loaded, options), None
     if masking is not None:
+        longest = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
+        odds = masking_odds(corpus, loaded.tokenizer, masking, max_length=longest)
         corpus = mask_often(corpus, masking)
     labels = encode_corpus_labels(loaded.task, corpus.examples, loaded.label_names)
+    if odds is not None:
+        labels = replace(labels, odds=odds)
     first = corpus.examples[0] if loaded.task == IMAGES else _first_to_try(corpus)
     way = _open_way(loaded, first, options)
     run = prepare(loaded.model, requests, way.probe, vocab_size=way.vocab_size)

@@ -46,7 +46,7 @@ def _dump_command(cache: Cache) -> str:
         if getattr(manifest.dump, key) != getattr(usual, key):
             said[f"--{key.replace('_', '-')}"] = str(getattr(manifest.dump, key))
     if (masking := manifest.dump.masking) is not None:
-        for key in ("times", "rate", "seed", "targets"):
+        for key in ("times", "rate", "seed", "smoothing", "targets"):
             if getattr(masking, key) != getattr(usual.masking, key):
                 said["--maskings" if key == "times" else f"--mask-{key}"] = str(getattr(masking, key))
     options = [f" {option} {shlex.quote(value)}" for option, value in said.items() if value]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from softlabels.errors import CacheError, CorpusError, StudentError
 from softlabels.losses import vocab as losses
 from softlabels.runs import Run, load_run
 from softlabels.students import student_inputs
-from softlabels.tasks import encode_task_labels, mask_often, tokenize_task
+from softlabels.tasks import encode_task_labels, mask_often, masking_odds, tokenize_task
 from softlabels.tokens import batches_by_length, count_tokens, pad_batch, token_hash
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, UNMASKED, TokenizedExample
@@ -116,16 +116,17 @@ class _Sums:
 
 
 def _tokenize(student: Run, corpus: Corpus, masking: Masking) -> list[TokenizedExample]:
-    task = student.record.task
-    if task == "masked-lm":
-        corpus = mask_often(corpus, masking)
+    task, odds = student.record.task, None
     assert student.tokenizer is not None and isinstance(student.student, PreTrainedModel)
+    if task == "masked-lm":
+        odds = masking_odds(corpus, student.tokenizer, masking, max_length=student.record.max_length)
+        corpus = mask_often(corpus, masking)
     return tokenize_task(
         task,
         student.tokenizer,
         corpus.examples,
         max_length=student.record.max_length,
-        labels=encode_task_labels(task, corpus.examples, []),
+        labels=replace(encode_task_labels(task, corpus.examples, []), odds=odds),
         masking=masking,
         model=student.student,
     ).examples

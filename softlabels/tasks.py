@@ -103,6 +103,7 @@ class TaskLabels:
     classes: list[int]  # NO_LABEL where the others hold the labels
     vectors: np.ndarray | None = None  # (N, C) float32
     tags: list[list[int] | None] | None = None  # a class a word
+    odds: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
 
     @property
     def labelled(self) -> int:
@@ -119,6 +120,7 @@ class TaskLabels:
             self.classes[start:stop],
             None if self.vectors is None else self.vectors[start:stop],
             None if self.tags is None else self.tags[start:stop],
+            self.odds,
         )
 
 
@@ -130,10 +132,12 @@ class LaterLabels:
     examples: Sequence[Example]
     label_names: Sequence[str]
     labelled: int  # how many rows have a label
+    odds: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
 
     def part(self, start: int, stop: int) -> TaskLabels:
         """Those of rows `start` to `stop`."""
-        return encode_task_labels(self.task, self.examples[start:stop], self.label_names)
+        part = encode_task_labels(self.task, self.examples[start:stop], self.label_names)
+        return replace(part, odds=self.odds)
 
 
 def encode_corpus_labels(
@@ -239,7 +243,7 @@ def tokenize_task(
     elif task == "causal-lm":
         rows = [replace(row, labels=np.append(row.input_ids[1:], NO_LABEL).astype(np.int32)) for row in rows]
     elif task == "masked-lm":
-        rows = [mask_tokens(row, tokenizer, masking or Masking()) for row in rows]
+        rows = [mask_tokens(row, tokenizer, masking or Masking(), labels.odds) for row in rows]
     elif task == SEQ2SEQ:
         assert model is not None
         rows = [replace(row, decoder_start=_decoder_start(model, row, len(tokenizer))) for row in rows]
@@ -270,17 +274,40 @@ def _decoder_start(model: PreTrainedModel, row: TokenizedExample, vocab_size: in
     return int(start)
 
 
-def mask_tokens(row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking) -> TokenizedExample:
+def masking_odds(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, masking: Masking | None, *, max_length: int
+) -> np.ndarray | None:
+    """(V,) how much likelier than the mean of the corpus's tokens each is to be masked, ∝ count^-smoothing.
+
+    As DistilBERT chooses (Sanh et al. 2019; its code counts a token that never comes once). None without smoothing.
+    """
+    if masking is None or not masking.smoothing:
+        return None
+    counts = np.zeros(len(tokenizer), np.int64)
+    for start in range(0, len(corpus.examples), _AT_ONCE):
+        rows = tokenize(tokenizer, corpus.examples[start : start + _AT_ONCE], max_length=max_length).examples
+        counts += np.bincount(np.concatenate([row.input_ids for row in rows]), minlength=len(counts))
+    counts[tokenizer.all_special_ids] = 0
+    weights = np.maximum(counts, 1) ** -masking.smoothing
+    return weights * (counts.sum() / max((weights * counts).sum(), 1e-300))
+
+
+def mask_tokens(
+    row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking, odds: np.ndarray | None = None
+) -> TokenizedExample:
     """`row` with a share of its tokens hidden, and what they were as `labels`.
 
     As BERT does (Devlin et al. 2019, section 3.1): of the chosen tokens 80 % become the mask token, 10 % a random one,
     10 % stay. At least one is chosen where there is any but special ones. All follows from `masking.seed` and the id.
+    A token is chosen with the probability `masking.rate`, times its `odds` (V,) where these are given.
     With `masking.targets` "all" the other tokens, special ones too, are targets without a label: UNMASKED.
     """
     rng = np.random.default_rng([masking.seed, xxhash.xxh3_64_intdigest(row.id.encode())])
     special = tokenizer.get_special_tokens_mask(row.input_ids.tolist(), already_has_special_tokens=True)
     free = np.flatnonzero(np.array(special) == 0)
     draws = rng.random(len(free))
+    if odds is not None:
+        draws /= odds[row.input_ids[free]]
     chosen = free[draws < masking.rate]
     if not len(chosen) and len(free):
         chosen = free[[int(draws.argmin())]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from softlabels.cache.head import HEAD
 from softlabels.cache.verify import verify_cache
 from softlabels.cache.vocab import Form, open_vocab, parse_form
 from softlabels.captures.output_head import keep_head, only_targets
-from softlabels.config import DumpOptions, StudentOptions
+from softlabels.config import DumpOptions, Masking, StudentOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import dump
 from softlabels.errors import CacheError, ConfigError, TeacherError
@@ -30,7 +31,9 @@ from softlabels.losses import language
 from softlabels.losses import vocab as losses
 from softlabels.perplexity import evaluate_language_model
 from softlabels.runs import load_run, save_run
+from softlabels.tasks import mask_tokens, masking_odds
 from softlabels.teacher import load_teacher
+from softlabels.tokens import tokenize
 from softlabels.train import train_student
 from softlabels.truncated import TruncatedLogits, tail_mean_at, truncate
 from softlabels.types import NO_LABEL, UNMASKED, Example, Signals, TokenBatch
@@ -357,6 +360,44 @@ def test_a_masked_teacher_that_speaks_of_every_token(tmp_path: Path, capture: st
         ]
         wanted = math.exp(float(torch.stack(surprise).mean()))
         assert found.fidelity.teacher_perplexity == pytest.approx(wanted, rel=1e-3)
+
+
+def test_rare_tokens_are_masked_more_often(tmp_path: Path) -> None:
+    """∝ count^-0.7, in the whole as many; whatever shard a row is in, and again when a student is scored."""
+    teacher, masking = save(tmp_path / "teacher", "BertForMaskedLM"), {"smoothing": 0.7, "times": 3}
+    tokenizer = load_teacher(str(teacher)).tokenizer
+    texts = [" ".join(text for text, _ in TEXTS[start : start + 5]) for start in range(0, 60, 5)]  # none without a mask
+    corpus = Corpus("made", None, [Example(str(i), text) for i, text in enumerate(texts)], None)
+    odds = masking_odds(corpus, tokenizer, Masking(smoothing=0.7), max_length=64)
+    rows = tokenize(tokenizer, corpus.examples, max_length=64).examples
+    counts = Counter(number for row in rows for number in row.input_ids.tolist())
+    for number in tokenizer.all_special_ids:
+        del counts[number]
+    mean = sum(count * count**-0.7 for count in counts.values()) / sum(counts.values())
+    assert odds is not None
+    assert all(odds[number] == pytest.approx(count**-0.7 / mean) for number, count in counts.items())
+    assert sum(count * odds[number] for number, count in counts.items()) == pytest.approx(sum(counts.values()))
+    masked: Counter[int] = Counter()
+    for seed in range(200):
+        for row in rows:
+            labels = mask_tokens(row, tokenizer, Masking(smoothing=0.7, seed=seed), odds).labels
+            assert labels is not None
+            masked.update(labels[labels != NO_LABEL].tolist())
+    common = [number for number, _ in counts.most_common(5)]
+    rare = [number for number, count in counts.items() if count == 1]
+    for group in (common, rare):
+        wanted = 200 * sum(counts[number] * min(1, 0.15 * odds[number]) for number in group)
+        assert sum(masked[number] for number in group) == pytest.approx(wanted, rel=0.05)
+    cache = dumped(tmp_path / "cache", teacher, "vocab:topk=16", masking=masking)
+    other = dumped(tmp_path / "other", teacher, "vocab:topk=16", masking=masking, shard_rows=7)
+    plain = dumped(tmp_path / "plain", teacher, "vocab:topk=16", masking={"times": 3})
+    assert cache.token_hashes.tolist() == other.token_hashes.tolist() != plain.token_hashes.tolist()
+    assert '"smoothing"' not in (tmp_path / "plain" / "manifest.json").read_text()
+    options = StudentOptions(student="transformer", losses={"kl": 1.0}, epochs=1, options={"layers": 1})
+    train_student(cache, out=tmp_path / "run", options=options, cpu=True)
+    found = evaluate_language_model(tmp_path / "run", corpus_of(12), cache=cache)
+    assert cache.targets is not None and found.fidelity is not None
+    assert found.fidelity.targets == found.targets == cache.targets.sum()
 
 
 def test_truncated_logits_have_their_own_place() -> None:

@@ -400,7 +400,7 @@ def test_a_masked_language_model_teaches_as_distilbert_has_it(tmp_path: Path) ->
     """5·KL + 2·MLM + cosine, half the layers, from a cache of two maskings; then the command for what that lacks."""
     teacher = save(tmp_path / "teacher", "BertForMaskedLM")
     rows = [Example(str(i), text) for i, (text, _) in enumerate(TEXTS[:30])]
-    settings = DumpOptions(capture=["vocab:exact", "hidden:2"], masking=Masking(times=2, targets="all"))
+    settings = DumpOptions(capture=["vocab:exact", "hidden:2"], masking=Masking(times=2, smoothing=0.7, targets="all"))
     dump(Corpus("made", None, rows, None), teacher=str(teacher), out=tmp_path / "cache", options=settings)
     cache = open_cache(tmp_path / "cache")
     recipe = read_recipe("distilbert").pretrain
@@ -414,7 +414,8 @@ def test_a_masked_language_model_teaches_as_distilbert_has_it(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "config.json").read_text())["architectures"] == ["DistilBertForMaskedLM"]
     lacking = options({"name": "a", "losses": [{"loss": "value_relation", "map": "final"}]})
     with pytest.raises(
-        CacheError, match=r"--task masked-lm --max-length .* --maskings 2 --mask-targets all --capture qkv:2"
+        CacheError,
+        match=r"--task masked-lm --max-length .* --maskings 2 --mask-smoothing 0\.7 --mask-targets all --capture qkv:2",
     ):
         train_student(cache, out=tmp_path / "no", options=lacking, cpu=True)
 

@@ -174,8 +174,9 @@ def _corpus(manifest: Manifest) -> dict[str, str]:
         "hash of ids, texts and labels": code(card.hash),
     }
     if (masking := manifest.dump.masking) is not None:
+        rare = f", rare ones more often (count^-{masking.smoothing:g})" if masking.smoothing else ""
         every = "; the teacher speaks of all" if masking.targets == "all" else ""
-        facts["masked"] = f"{100 * masking.rate:g} % of the tokens, each text {masking.times} time(s){every}"
+        facts["masked"] = f"{100 * masking.rate:g} % of the tokens, each text {masking.times} time(s){rare}{every}"
     return facts
 
 

@@ -311,11 +311,13 @@ class MaskingCard(_Part):
     rate: float = Field(gt=0, lt=1)
     times: Positive
     seed: Count
-    targets: Literal["masked", "all"] = "masked"  # in the file only where it is all
+    smoothing: float = Field(default=0.0, ge=0, le=1)  # this and what follows in the file only where it is another
+    targets: Literal["masked", "all"] = "masked"
 
     @model_serializer(mode="wrap")
     def _without_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "targets" or value != "masked"}
+        usual = {"smoothing": 0.0, "targets": "masked"}
+        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
 
 class DumpCard(_Part):

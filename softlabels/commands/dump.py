@@ -16,6 +16,7 @@ from softlabels.commands.options import (
     Label,
     Maskings,
     MaskRate,
+    MaskSmoothing,
     MaskTargets,
     MaxLength,
     NoText,
@@ -68,6 +69,7 @@ def dump_command(
     ] = None,
     maskings: Maskings = None,
     mask_rate: MaskRate = None,
+    mask_smoothing: MaskSmoothing = None,
     mask_targets: MaskTargets = None,
     mask_seed: Annotated[int | None, typer.Option(min=0, help="of masked-lm: another one masks other tokens")] = None,
     max_length: MaxLength = None,
@@ -133,7 +135,13 @@ def dump_command(
     """STAGE 1: keep what a teacher says of a corpus."""
     from softlabels.config import DumpOptions, build_options
 
-    masking = {"times": maskings, "rate": mask_rate, "seed": mask_seed, "targets": mask_targets}
+    masking = {
+        "times": maskings,
+        "rate": mask_rate,
+        "seed": mask_seed,
+        "smoothing": mask_smoothing,
+        "targets": mask_targets,
+    }
     given = {
         "capture": capture or None,
         "task": task,

@@ -48,6 +48,13 @@ Maskings = Annotated[int | None, typer.Option("--maskings", min=1, help="of mask
 MaskRate = Annotated[
     float | None, typer.Option("--mask-rate", help="of masked-lm: the share of tokens; by default 0.15")
 ]
+MaskSmoothing = Annotated[
+    float | None,
+    typer.Option(
+        "--mask-smoothing",
+        help="of masked-lm: rare tokens are masked more often, a token ∝ its count^-SMOOTHING; DistilBERT has 0.7",
+    ),
+]
 MaskTargets = Annotated[
     str | None,
     typer.Option(

@@ -16,6 +16,7 @@ class Masking(Strict):
     rate: float = Field(default=0.15, gt=0, lt=1)  # share of the tokens
     times: int = Field(default=1, ge=1, le=1000)  # maskings of each text
     seed: int = Field(default=0, ge=0, lt=2**32)
+    smoothing: float = Field(default=0.0, ge=0, le=1)  # a token is masked ∝ its count in the corpus^-smoothing
     targets: Literal["masked", "all"] = "masked"  # all: the teacher speaks of every token, as in DistilBERT
 
 
