@@ -12,9 +12,9 @@ it no better than three of its layers. Test rows whose text is also in the train
 
 A recipe is as it lies in pipeline/, with these changes, so that one cache serves all: what it pretrains on a cache of
 its own is a phase before its others, from the task's cache (minilm, minilm-v2), or left out (tinybert, whose next
-phase has the same losses; distilbert, which needs a language model); nothing is augmented, for there are unlabelled
-rows; mobilebert's student is as deep and wide as MiniLM, and 'progressive' trains its embeddings first, which can't be
-the teacher's.
+phase has the same losses; distilbert and mobilebert's 'language', which need a language model); nothing is augmented,
+for there are unlabelled rows; mobilebert's student is as deep and wide as MiniLM, and 'progressive' trains its
+embeddings first, which can't be the teacher's.
 
 Recipes that look at layers learn from the first rows of the cache only, LAYER_ROWS of them, labelled ones first: they
 cost ten times as much a row. So that they take as many steps as their twins, their epochs are LAYER_EPOCHS times the
@@ -208,6 +208,8 @@ def jobs_of(task_name: str, task: Task, recipes: list[str], seeds: int, folder: 
     for recipe_name in recipes:
         recipe = read_recipe(recipe_name)
         for entry in recipe.students:
+            if (recipe_name, entry.name) == ("mobilebert", "language"):
+                continue  # needs a language model
             options = entry.model_dump(exclude_unset=True)
             for key in ("name", "hard_twin", "hard_epochs", "seeds", "compress"):
                 options.pop(key, None)
@@ -261,7 +263,7 @@ def fit_student(name: str, given: dict[str, Any], recipe: Any, task: Task, folde
     options = dict(given)
     if options.get("word_vectors") == "fit":
         options["word_vectors"] = str(folder / "vectors.txt")
-    if recipe.pretrain is not None and name != "distilbert":  # its shape is the pretrained one's
+    if options.get("init_from") == "pretrained" and name != "distilbert":  # its shape is the pretrained one's
         options = dict(recipe.pretrain.student.options)
     if name == "mobilebert":
         wide = {"hidden_size": 192, "intra_bottleneck_size": 48} if task.chinese else {"hidden_size": 384}
