@@ -53,7 +53,7 @@ from softlabels.tasks import (
     encode_corpus_labels,
     encode_task_labels,
     mask_often,
-    masking_odds,
+    masking_rates,
     tokenize_task,
 )
 from softlabels.teacher import Teacher, at_precision, load_teacher
@@ -126,14 +126,10 @@ def dump(
     requests = choose_captures(requests, loaded.task)
     if loaded.task == IMAGES and options.max_length is not None:
         raise ConfigError("--max-length: images have no length to be cut to")
-    masking, odds = _masking(loaded, options), None
+    masking, once = _masking(loaded, options), corpus
     if masking is not None:
-        longest = resolve_max_length(options.max_length, loaded.tokenizer, loaded.model.config)
-        odds = masking_odds(corpus, loaded.tokenizer, masking, max_length=longest)
         corpus = mask_often(corpus, masking)
     labels = encode_corpus_labels(loaded.task, corpus.examples, loaded.label_names)
-    if odds is not None:
-        labels = replace(labels, odds=odds)
     first = corpus.examples[0] if loaded.task == IMAGES else _first_to_try(corpus)
     way = _open_way(loaded, first, options)
     run = prepare(loaded.model, requests, way.probe, vocab_size=way.vocab_size)
@@ -166,6 +162,9 @@ def dump(
                 earlier = parse_captures(sorted({capture_of(field, build.manifest.fields[field]) for field in lacking}))
                 run = prepare(loaded.model, requests + earlier, way.probe, vocab_size=way.vocab_size)
             done = total - sum(len(_rows_of(corpus, options, shard)) for shard in missing)
+            if missing and masking is not None:
+                rates = masking_rates(once, loaded.tokenizer, masking, max_length=way.max_length)
+                labels = replace(labels, rates=rates)
             with progress(total, description="dump" if part is None else f"dump {part}", done=done) as update:
                 tasks = _Tasks(corpus, labels, options, list(missing.items()))
                 again = _Again(_anywhere(teacher), trust_remote_code, loaded.weights_hash, run.requests, first, options)

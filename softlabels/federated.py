@@ -12,8 +12,8 @@ FedDF, Lin et al. 2020, arXiv:2006.07242). Here one process plays all parties, e
     results.json         the table as data
 
 Nothing outside parties/NAME/ holds a row or a weight of that party: rows of the common corpus or of the test that are
-also a party's are left out of these. In every round but the first a party's student starts from what it was after the
-one before, as FedMD's models do.
+also among those that the parties have are left out of these. In every round but the first a party's student starts from
+what it was after the one before, as FedMD's models do.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def run_federation(
 def _read(recipe: FederatedRecipe, say: Callable[[str], None]) -> tuple[Corpus, Corpus, Corpus]:
     """The labelled rows, the common ones without their labels, and those of the test; none of the labelled in either.
 
-    A party must not learn from labels of the others, nor from its own twice, nor be tested on what it has learned.
+    A party must not learn from labels of the others, nor from its own twice, nor be tested on rows with labels that it
+    or another may have learned.
     """
     choice = recipe.corpus
     read = partial(read_corpus, text=choice.text, label=choice.label)
@@ -181,7 +182,7 @@ def _read(recipe: FederatedRecipe, say: Callable[[str], None]) -> tuple[Corpus, 
                 f"parties keep to themselves: give other rows as corpus.{name}"
             )
         if known := len(corpus.examples) - len(others):
-            say(f"{known:,} of {len(corpus.examples):,} {name} rows are also a party's own: they are left out")
+            say(f"{known:,} of {len(corpus.examples):,} {name} rows are also among the parties': they are left out")
         kept[name] = replace(corpus, examples=others)
     common, test = kept.values()
     names = train.label_names or []
@@ -267,9 +268,8 @@ def _learn(shared: _Shared, party: _Party, consensus: Made, number: int, *, befo
     """The party's student of the consensus, from what it was `before`, and then of its own rows with `revisit`."""
     options = shared.recipe.student
     if before is not None:
-        options = options.model_copy(
-            update={"options": {"init_from": before.path, "init_layers": "all", "init_head": True}}
-        )
+        start = {"init_from": before.path, "init_layers": "all", "init_head": True}
+        options = options.model_copy(update={"options": start, "from_run": None})
     student = _train(shared, party, consensus, options, name=f"student-{number}", start=before)
     if shared.recipe.revisit is None:
         return student

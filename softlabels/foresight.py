@@ -41,7 +41,7 @@ from softlabels.training.many_tasks import task_options
 from softlabels.types import LANGUAGE_MODELS, Task, layer_field
 
 # losses on hidden states that compare them value by value
-_SAME_WIDTH = ("hidden_mse", "hidden_cosine", "pkd", "layer_output", "feature_map_mse", "feature_statistics")
+_SAME_WIDTH = ("hidden_mse", "hidden_cosine", "pkd", "layer_output", "feature_map_mse", "gram")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -99,7 +99,7 @@ def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any
     if own.keys() & {"preset", "config", "init_from"}:
         return own
     models = [entry.options for entry in recipe.students if entry.student == "transformer"]
-    shapes = [_without_start(model, recipe, teacher) for model in models]
+    shapes = [_without_start(model, recipe.teacher, recipe, teacher) for model in models]
     shapes = [shape for shape in shapes if shape and "config" not in shape]
     depth = layers_of(teacher)
     if not own.keys() & {"hidden_size", "d_model", "dim"} and not shapes:
@@ -117,16 +117,26 @@ def shape_assistant(assistant: Assistant, recipe: Recipe, teacher: dict[str, Any
     return shape | own
 
 
-def _without_start(options: dict[str, Any], recipe: Recipe, teacher: dict[str, Any]) -> dict[str, Any]:
-    """A student's `options` without what it starts from, and the sizes that it has from that written out."""
+def _without_start(
+    options: dict[str, Any], teacher: TeacherChoice, recipe: Recipe, config: dict[str, Any]
+) -> dict[str, Any]:
+    """A student's `options` without what it starts from, and the sizes that it has from that written out.
+
+    `teacher` is what BASE and TEACHER mean, `config` stands for its config.json where it is not here to be read.
+    """
     own = {key: value for key, value in options.items() if not key.startswith("init_")}
     start = options.get("init_from")
-    if start == PRETRAINED and recipe.pretrain is not None:
-        return _without_start(recipe.pretrain.student.options, recipe, teacher) | own
-    if start not in (BASE, TEACHER):
+    if start is None or start == ASSISTANT:
         return own
-    names = {"model_type": "model_type", "hidden_size": "hidden_size", "heads": "num_attention_heads"}
-    sizes = {option: read_setting(teacher, name) for option, name in (*names.items(), ("intermediate_size",) * 2)}
+    if start == PRETRAINED:
+        assert recipe.pretrain is not None  # Recipe asks for it
+        first = recipe.pretrain
+        return _without_start(first.student.options, first.teacher, recipe, config) | own
+    folder = _folder(teacher) if start in (BASE, TEACHER) else Path(str(start))
+    if folder is not None and (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {"hidden_size": "hidden_size", "heads": "num_attention_heads", "intermediate_size": "intermediate_size"}
+    sizes = {option: read_setting(config, name) for option, name in ({"model_type": "model_type"} | names).items()}
     return {option: size for option, size in sizes.items() if size is not None} | own
 
 
@@ -189,17 +199,22 @@ def _check_student(options: StudentOptions, seen: _Seen | None, pretrain: Pretra
 
 def _check_sizes(terms: Sequence[Term], student: dict[str, Any], teacher: dict[str, Any]) -> None:
     """ConfigError where a loss compares heads, or values of hidden states, of which the models have other numbers."""
+    heads = "num_attention_heads"
     for term in terms:
         need = NEEDS[term.loss][0] if term.loss in LAYER_LOSSES else ""
         usual = "mean" if term.loss == "attention_scores_ce" else "each"
         by_head = need.startswith("attention") and term.options.get("heads", usual) == "each"
-        by_head |= need in ("query", "key", "value") and "relation_heads" not in term.options
+        by_head |= need == "query" and "relation_heads" not in term.options
+        by_group = need in ("key", "value") and "relation_heads" not in term.options
         by_value = term.loss in _SAME_WIDTH and term.project is None
         for wanted, setting, option, way_out in (
-            (by_head, "num_attention_heads", "heads", "give it as many (option heads: teacher)"),
+            (by_head, heads, "heads", "give it as many (option heads: teacher)"),
+            (by_group, "num_key_value_heads", "heads of keys and values", "give it as many"),
             (by_value, "hidden_size", "hidden_size", "give the loss project: linear"),
         ):
             mine, theirs = (read_setting(config, setting) for config in (student, teacher))
+            if wanted and by_group:  # where they are not grouped there is one for each query
+                mine, theirs = mine or read_setting(student, heads), theirs or read_setting(teacher, heads)
             if wanted and mine is not None and theirs is not None and mine != theirs:
                 raise ConfigError(
                     f"loss '{term.loss}' needs the same {option} on both sides, and the student has {mine}, its "

@@ -2,7 +2,7 @@
 
 Both are measured at the targets: the next tokens of a causal model, those of the target text of an encoder-decoder
 model, the masked ones of a masked model (whose figure is often called pseudo-perplexity). The teacher's side comes from
-a cache of the same corpus.
+a cache of the same corpus; where that has targets "all", the distance to the teacher is over all tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from softlabels.errors import CacheError, CorpusError, StudentError
 from softlabels.losses import vocab as losses
 from softlabels.runs import Run, load_run
 from softlabels.students import student_inputs
-from softlabels.tasks import encode_task_labels, mask_often, masking_odds, tokenize_task
+from softlabels.tasks import encode_task_labels, mask_often, masking_rates, tokenize_task
 from softlabels.tokens import batches_by_length, count_tokens, pad_batch, token_hash
 from softlabels.truncated import TruncatedLogits
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, UNMASKED, TokenizedExample
@@ -78,6 +78,11 @@ def evaluate_language_model(run: Path, corpus: Corpus, *, cache: Cache | None = 
     if cache is not None and cache.manifest.dump.masking is not None:
         masking = Masking(**cache.manifest.dump.masking.model_dump()).model_copy(update={"targets": "masked"})
     rows = _tokenize(student, corpus, masking)
+    if cache is not None and masking.smoothing and cache.rows != len(rows):
+        raise CacheError(
+            f"the masks of cache {cache.shown} follow from how often each token is in its corpus (--mask-smoothing), "
+            f"which has {cache.rows:,} rows, and {corpus.source} comes to {len(rows):,}: give the one that was dumped"
+        )
     places = _places(rows, cache, corpus) if cache is not None else None
     vocab = None if cache is None else open_vocab(cache)
     sums = _Sums()
@@ -116,17 +121,17 @@ class _Sums:
 
 
 def _tokenize(student: Run, corpus: Corpus, masking: Masking) -> list[TokenizedExample]:
-    task, odds = student.record.task, None
+    task, rates = student.record.task, None
     assert student.tokenizer is not None and isinstance(student.student, PreTrainedModel)
     if task == "masked-lm":
-        odds = masking_odds(corpus, student.tokenizer, masking, max_length=student.record.max_length)
+        rates = masking_rates(corpus, student.tokenizer, masking, max_length=student.record.max_length)
         corpus = mask_often(corpus, masking)
     return tokenize_task(
         task,
         student.tokenizer,
         corpus.examples,
         max_length=student.record.max_length,
-        labels=replace(encode_task_labels(task, corpus.examples, []), odds=odds),
+        labels=replace(encode_task_labels(task, corpus.examples, []), rates=rates),
         masking=masking,
         model=student.student,
     ).examples

@@ -205,25 +205,27 @@ def save_run(
     try:
         _write_files(draft, student, tokenizer)
         files = {name: _hash_on_disk(draft / name) for name in _names_in(draft)}
-        (out / RECORD).unlink(missing_ok=True)  # from here on, an older run in this folder is no more
-        for name in files:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(draft / name, out / name)
-            sync_folder((out / name).parent)
-    finally:
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        raise
+    (out / RECORD).unlink(missing_ok=True)  # from here on, an older run in this folder is no more
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / name, out / name)
+        sync_folder((out / name).parent)
     whole = record.model_copy(update={"files": files})
     write_file(out / RECORD, whole.model_dump_json(indent=1).encode())
+    shutil.rmtree(draft, ignore_errors=True)  # until here it says whose files these are: see refuse_occupied
 
 
 def refuse_occupied(out: Path) -> None:
     """ConfigError where `out` is a file, or a folder with anything in it but what a killed `save_run` left."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
-    held = sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)) if out.exists() else []
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if RECORD in held:
         raise ConfigError(f"{out} holds a finished run: choose another --out, or delete it")
-    if held:
+    if held and f"{TEMPORARY}run" not in held:
         raise ConfigError(f"{out} is not empty and no run (it holds {', '.join(held[:5])}): choose another --out")
 
 

@@ -9,6 +9,7 @@ skipped, one in its midst goes on from its last epoch, failed ones are tried aga
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,17 +38,15 @@ from softlabels.sweeping.space import (
     Trial,
     check_axis,
     check_space,
-    combinations,
     count_points,
     find_points,
-    point_name,
     trials_of,
 )
 from softlabels.sweeping.training import Setting, open_caches
 from softlabels.teaching_rows import check_labelled
 from softlabels.training.preparing import find_aims, fit_to_cache
 
-_MOST_TRIED = 100  # combinations of values that are looked at before any is trained
+_MOST_TRIED = 100  # points that are looked at before any is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,8 @@ def sweep(
     for line in cache.overlap() if isinstance(cache, CombinedCache) else []:
         say(line)
     metric = _choose_metric(options, space, cache, validation, test)
-    _refuse_hopeless(space, cache, setting)
+    if not folder.exists():  # of a sweep that goes on some may be done
+        _refuse_hopeless(space, options, cache, setting)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,21 +165,24 @@ def _students(space: Space) -> list[str]:
     return [] if space.recipe else [*(named[0] if named else ()), *([space.fixed["student"]] if not named else [])]
 
 
-def _refuse_hopeless(space: Space, cache: Cache, setting: Setting) -> None:
-    """Raise what the first trial would tell, where all would tell that their student or their losses can't be."""
-    first: SoftlabelsError | None = None
-    for number, changes in enumerate(combinations(space)):
-        if number == _MOST_TRIED:
-            return
+def _refuse_hopeless(space: Space, options: SweepOptions, cache: Cache, setting: Setting) -> None:
+    """Raise what the first trial would tell, where no trial can be for what its student or its losses ask.
+
+    Where there are more trials than are looked at, or Optuna will choose, they must all tell the same.
+    """
+    if options.search == "optuna":
+        options = options.model_copy(update={"search": "random", "points": _MOST_TRIED})
+    told: list[SoftlabelsError] = []
+    for point in itertools.islice(find_points(space, options), _MOST_TRIED):
         try:
-            options = space.options(changes, seed=0, trial=point_name(changes))
-            spec, source = fit_to_cache(cache, options, out=setting.out, validation=setting.validation)
-            find_aims(cache, options, spec, source)
+            chosen = space.options(point.changes, seed=0, trial=point.name)
+            spec, source = fit_to_cache(cache, chosen, out=setting.out, validation=setting.validation)
+            find_aims(cache, chosen, spec, source)
             return
         except SoftlabelsError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            told.append(error)
+    if len(told) < _MOST_TRIED or len({str(error) for error in told}) == 1:
+        raise told[0]
 
 
 def _choose_metric(

@@ -37,6 +37,7 @@ from softlabels.types import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_ROUNDS = 100  # of sharing out; each brings some more tokens to 1, and a few are enough
 _AT_ONCE = 1 << 14  # rows of a streamed corpus whose labels are looked at together
 
 # How the classes of transformers end, and the one that loads them. Of two that fit, the first.
@@ -103,7 +104,7 @@ class TaskLabels:
     classes: list[int]  # NO_LABEL where the others hold the labels
     vectors: np.ndarray | None = None  # (N, C) float32
     tags: list[list[int] | None] | None = None  # a class a word
-    odds: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
+    rates: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
 
     @property
     def labelled(self) -> int:
@@ -120,7 +121,7 @@ class TaskLabels:
             self.classes[start:stop],
             None if self.vectors is None else self.vectors[start:stop],
             None if self.tags is None else self.tags[start:stop],
-            self.odds,
+            self.rates,
         )
 
 
@@ -132,12 +133,12 @@ class LaterLabels:
     examples: Sequence[Example]
     label_names: Sequence[str]
     labelled: int  # how many rows have a label
-    odds: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
+    rates: np.ndarray | None = None  # (V,) of a masked language model: see `mask_tokens`
 
     def part(self, start: int, stop: int) -> TaskLabels:
         """Those of rows `start` to `stop`."""
         part = encode_task_labels(self.task, self.examples[start:stop], self.label_names)
-        return replace(part, odds=self.odds)
+        return replace(part, rates=self.rates)
 
 
 def encode_corpus_labels(
@@ -243,7 +244,7 @@ def tokenize_task(
     elif task == "causal-lm":
         rows = [replace(row, labels=np.append(row.input_ids[1:], NO_LABEL).astype(np.int32)) for row in rows]
     elif task == "masked-lm":
-        rows = [mask_tokens(row, tokenizer, masking or Masking(), labels.odds) for row in rows]
+        rows = [mask_tokens(row, tokenizer, masking or Masking(), labels.rates) for row in rows]
     elif task == SEQ2SEQ:
         assert model is not None
         rows = [replace(row, decoder_start=_decoder_start(model, row, len(tokenizer))) for row in rows]
@@ -274,40 +275,46 @@ def _decoder_start(model: PreTrainedModel, row: TokenizedExample, vocab_size: in
     return int(start)
 
 
-def masking_odds(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, masking: Masking | None, *, max_length: int
+def masking_rates(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, masking: Masking, *, max_length: int
 ) -> np.ndarray | None:
-    """(V,) how much likelier than the mean of the corpus's tokens each is to be masked, ∝ count^-smoothing.
+    """(V,) how likely each token is masked: ∝ count^-smoothing and at most 1, of the corpus's tokens `rate` on average.
 
-    As DistilBERT chooses (Sanh et al. 2019; its code counts a token that never comes once). None without smoothing.
+    As DistilBERT chooses (Sanh et al. 2019), whose code draws just so many of a batch's tokens, and counts a token that
+    never comes once. None without smoothing: then all are masked alike.
     """
-    if masking is None or not masking.smoothing:
+    if not masking.smoothing:
         return None
     counts = np.zeros(len(tokenizer), np.int64)
     for start in range(0, len(corpus.examples), _AT_ONCE):
         rows = tokenize(tokenizer, corpus.examples[start : start + _AT_ONCE], max_length=max_length).examples
         counts += np.bincount(np.concatenate([row.input_ids for row in rows]), minlength=len(counts))
     counts[tokenizer.all_special_ids] = 0
-    weights = np.maximum(counts, 1) ** -masking.smoothing
-    return weights * (counts.sum() / max((weights * counts).sum(), 1e-300))
+    rates = np.maximum(counts, 1) ** -masking.smoothing / 2  # below 1, and scaled at once
+    for _ in range(_ROUNDS):  # what is cut off at 1 is shared out among the others
+        free = np.where(rates < 1, rates * counts, 0).sum()
+        wanted = masking.rate * counts.sum() - counts[rates >= 1].sum()
+        if free > 0 and wanted > 0:
+            rates = np.where(rates < 1, rates * (wanted / free), 1)
+    return np.minimum(rates, 1)
 
 
 def mask_tokens(
-    row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking, odds: np.ndarray | None = None
+    row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, masking: Masking, rates: np.ndarray | None = None
 ) -> TokenizedExample:
     """`row` with a share of its tokens hidden, and what they were as `labels`.
 
     As BERT does (Devlin et al. 2019, section 3.1): of the chosen tokens 80 % become the mask token, 10 % a random one,
     10 % stay. At least one is chosen where there is any but special ones. All follows from `masking.seed` and the id.
-    A token is chosen with the probability `masking.rate`, times its `odds` (V,) where these are given.
+    A token is chosen with the probability `masking.rate`, or its own of `rates` (V,).
     With `masking.targets` "all" the other tokens, special ones too, are targets without a label: UNMASKED.
     """
     rng = np.random.default_rng([masking.seed, xxhash.xxh3_64_intdigest(row.id.encode())])
     special = tokenizer.get_special_tokens_mask(row.input_ids.tolist(), already_has_special_tokens=True)
     free = np.flatnonzero(np.array(special) == 0)
     draws = rng.random(len(free))
-    if odds is not None:
-        draws /= odds[row.input_ids[free]]
+    if rates is not None:
+        draws *= masking.rate / rates[row.input_ids[free]]
     chosen = free[draws < masking.rate]
     if not len(chosen) and len(free):
         chosen = free[[int(draws.argmin())]]

@@ -111,7 +111,7 @@ def shift_right(labels: np.ndarray, starts: np.ndarray, *, out: np.ndarray, pad_
 
 
 def count_row_targets(example: TokenizedExample) -> int:
-    """How many tokens of a row have a label of their own."""
+    """How many tokens of a row are targets: have a label, or UNMASKED in its place."""
     labels = example.labels
     return 0 if labels is None or labels.dtype != np.int32 else int(np.count_nonzero(labels != NO_LABEL))
 

@@ -207,7 +207,7 @@ def test_rounds_go_on_and_private_rows_are_no_test(place: Path, tmp_path: Path) 
         revisit={"epochs": 2, "lr": 1e-2, "batch_size": 8},
     )
     run_federation(recipe, out=tmp_path / "run", say=said.append, cpu=True)
-    assert "7 of 27 test rows are also a party's own: they are left out" in said
+    assert "7 of 27 test rows are also among the parties': they are left out" in said
     assert open_cache(tmp_path / "run" / "tests" / "round-1" / "party-1").rows == 20
     for party in ("party-1", "party-2"):
         before, after = (

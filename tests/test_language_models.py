@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMask
 
 from softlabels import train
 from softlabels.cache import Cache, open_cache
+from softlabels.cache.concatenate import concatenate
 from softlabels.cache.factors import FACTORS, save_factors
 from softlabels.cache.head import HEAD
 from softlabels.cache.verify import verify_cache
@@ -31,7 +32,7 @@ from softlabels.losses import language
 from softlabels.losses import vocab as losses
 from softlabels.perplexity import evaluate_language_model
 from softlabels.runs import load_run, save_run
-from softlabels.tasks import mask_tokens, masking_odds
+from softlabels.tasks import mask_tokens, masking_rates
 from softlabels.teacher import load_teacher
 from softlabels.tokens import tokenize
 from softlabels.train import train_student
@@ -368,25 +369,28 @@ def test_rare_tokens_are_masked_more_often(tmp_path: Path) -> None:
     tokenizer = load_teacher(str(teacher)).tokenizer
     texts = [" ".join(text for text, _ in TEXTS[start : start + 5]) for start in range(0, 60, 5)]  # none without a mask
     corpus = Corpus("made", None, [Example(str(i), text) for i, text in enumerate(texts)], None)
-    odds = masking_odds(corpus, tokenizer, Masking(smoothing=0.7), max_length=64)
+    rates = masking_rates(corpus, tokenizer, Masking(smoothing=0.7), max_length=64)
     rows = tokenize(tokenizer, corpus.examples, max_length=64).examples
     counts = Counter(number for row in rows for number in row.input_ids.tolist())
     for number in tokenizer.all_special_ids:
         del counts[number]
-    mean = sum(count * count**-0.7 for count in counts.values()) / sum(counts.values())
-    assert odds is not None
-    assert all(odds[number] == pytest.approx(count**-0.7 / mean) for number, count in counts.items())
-    assert sum(count * odds[number] for number, count in counts.items()) == pytest.approx(sum(counts.values()))
+    assert rates is not None and rates.max() <= 1
+    assert sum(count * rates[number] for number, count in counts.items()) == pytest.approx(0.15 * counts.total())
+    ratios = [rates[number] / count**-0.7 for number, count in counts.items() if rates[number] < 1]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios)) and len(ratios) > 50
+    high = masking_rates(corpus, tokenizer, Masking(smoothing=1.0, rate=0.6), max_length=64)
+    assert high is not None and (high == 1).any()  # and yet as many as asked
+    assert sum(count * high[number] for number, count in counts.items()) == pytest.approx(0.6 * counts.total())
     masked: Counter[int] = Counter()
     for seed in range(200):
         for row in rows:
-            labels = mask_tokens(row, tokenizer, Masking(smoothing=0.7, seed=seed), odds).labels
+            labels = mask_tokens(row, tokenizer, Masking(smoothing=0.7, seed=seed), rates).labels
             assert labels is not None
             masked.update(labels[labels != NO_LABEL].tolist())
     common = [number for number, _ in counts.most_common(5)]
     rare = [number for number, count in counts.items() if count == 1]
     for group in (common, rare):
-        wanted = 200 * sum(counts[number] * min(1, 0.15 * odds[number]) for number in group)
+        wanted = 200 * sum(counts[number] * rates[number] for number in group)
         assert sum(masked[number] for number in group) == pytest.approx(wanted, rel=0.05)
     cache = dumped(tmp_path / "cache", teacher, "vocab:topk=16", masking=masking)
     other = dumped(tmp_path / "other", teacher, "vocab:topk=16", masking=masking, shard_rows=7)
@@ -398,6 +402,10 @@ def test_rare_tokens_are_masked_more_often(tmp_path: Path) -> None:
     found = evaluate_language_model(tmp_path / "run", corpus_of(12), cache=cache)
     assert cache.targets is not None and found.fidelity is not None
     assert found.fidelity.targets == found.targets == cache.targets.sum()
+    with pytest.raises(CacheError, match="give the one that was dumped"):
+        evaluate_language_model(tmp_path / "run", corpus_of(11), cache=cache)
+    with pytest.raises(CacheError, match="in parts with --part"):
+        concatenate([tmp_path / "cache", tmp_path / "other"], out=tmp_path / "both")
 
 
 def test_truncated_logits_have_their_own_place() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from softlabels.cache import open_cache
+from softlabels.cache.format import TEMPORARY
 from softlabels.cli import main
 from softlabels.config import DumpOptions, PruneOptions, StudentOptions, build_options
 from softlabels.corpus import Corpus
@@ -308,6 +309,11 @@ def test_what_does_not_fit(place: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=told):
             prune(place / "bert", out=out, options=half)
     assert load_run(place / "bilstm").kind == "bilstm"
+    draft = tmp_path / "killed" / f"{TEMPORARY}run"  # a kill came before run.json
+    draft.mkdir(parents=True)
+    (tmp_path / "killed" / "config.json").write_text("{}")
+    prune(place / "bert", out=tmp_path / "killed", options=half)
+    assert load_run(tmp_path / "killed").kind == "transformer" and not draft.exists()
 
 
 def test_the_command_line(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -265,6 +265,22 @@ def test_what_no_trial_can_have_is_refused_before_the_first_trial(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_of_which_some_trials_can_be_is_not_refused(cache: Path, tmp_path: Path) -> None:
+    """The ends of the range are no widths of four heads, and those between them may be."""
+    fixed = {"student": "transformer", "options": {"layers": 1, "heads": 4}, "epochs": 1, "rows": 10}
+    axes = {"options.hidden_size": Range("", 9, 31)}
+    result = swept(
+        cache,
+        tmp_path / "sweep",
+        axes=axes,
+        fixed=fixed,
+        options={"search": "random", "points": 12},
+        say=lambda line: None,
+    )
+    told = [row["error"] for row in table(result)]
+    assert None in told and any(error is not None and "4 heads" in error for error in told)
+
+
 def test_the_runs_of_the_best_alone_may_be_kept(cache: Path, tmp_path: Path) -> None:
     result = swept(cache, tmp_path / "sweep", options={"keep": 1})
     kept = [row for row in table(result) if row["run"] is not None]

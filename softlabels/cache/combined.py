@@ -36,7 +36,7 @@ _AT_ONCE = 1 << 16  # rows that `column` mixes at a time
 class CacheShare:
     """One of the caches, and how its rows and the first one's overlap."""
 
-    cache: Path
+    cache: str  # its folder, or its URL without anything secret
     teacher: str
     weight: float | None
     joined_by: str | None  # None: nothing was joined
@@ -80,7 +80,7 @@ class Combination:
             shared = first.rows if found is None else found.shared
             shares.append(
                 CacheShare(
-                    cache=cache.path,
+                    cache=cache.shown,
                     teacher=part.teacher,
                     weight=part.weight,
                     joined_by=None if found is None else found.by,
@@ -249,7 +249,7 @@ class CombinedCache(Cache):
     def overlap(self) -> list[str]:
         """A line for each cache that has other rows than the result; none where all have the same."""
         return [
-            f"{share.cache}: {share.shared:,} of its {share.rows:,} rows are in {self.first.path}, which has "
+            f"{share.cache}: {share.shared:,} of its {share.rows:,} rows are in {self.first.shown}, which has "
             f"{share.lacks:,} more; {share.left_out:,} are left out"
             if number
             else f"{share.cache}: {self.rows:,} of its {share.rows:,} rows are in all caches; the others are left out"

@@ -72,7 +72,7 @@ def concatenate(caches: Sequence[str | Path], *, out: Path) -> CombineReport:
         new_rows=new_rows,
         fields=sorted(final.fields),
         caches=[
-            CacheShare(cache.path, cache.manifest.teacher.name, None, None, cache.rows, 0, 0, 0) for cache in opened
+            CacheShare(cache.shown, cache.manifest.teacher.name, None, None, cache.rows, 0, 0, 0) for cache in opened
         ],
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
@@ -95,6 +95,11 @@ def _check_same(first: Cache, other: Cache) -> None:
         raise CacheError(
             f"{first.path} and {other.path} are not parts of one dump: {'; '.join(differ)}. Dump the parts with the "
             f"same teacher and options; what several teachers say of the same rows is combined without --rows"
+        )
+    if first.manifest.dump.masking is not None and first.manifest.dump.masking.smoothing:
+        raise CacheError(
+            f"the masks of {first.path} follow from how often each token is in its corpus (--mask-smoothing), so rows "
+            f"of several corpora were not masked alike: dump them as one corpus, in parts with --part"
         )
     hashes = [settings_hashes(cache.path) for cache in (first, other)]
     for name in _OF_A_CORPUS:

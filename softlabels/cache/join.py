@@ -87,8 +87,8 @@ def told_by(first: Cache, other: Cache) -> str:
     bare = first if not one.dump.text else other
     raise CacheError(
         f"the rows of {first.path} and {other.path} cannot be told to be the same: they were read by other tokenizers "
-        f"(or cut at other lengths), {bare.path} holds no texts, and their corpora ({one.corpus.source} and "
-        f"{two.corpus.source}) differ. Dump them with texts, or from one corpus"
+        f"(or cut at other lengths, or with token types in one alone), {bare.path} holds no texts, and their corpora "
+        f"({one.corpus.source} and {two.corpus.source}) differ. Dump them with texts, or from one corpus"
     )
 
 

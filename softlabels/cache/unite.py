@@ -71,7 +71,7 @@ def unite_parts(places: Sequence[Path], *, out: Path) -> CombineReport:
         rows=final.corpus.rows,
         new_rows=new_rows,
         fields=sorted(final.fields),
-        caches=[CacheShare(place, final.teacher.name, None, None, rows[place], 0, 0, 0) for place in places],
+        caches=[CacheShare(str(place), final.teacher.name, None, None, rows[place], 0, 0, 0) for place in places],
         seconds=time.monotonic() - started,
         bytes=sum(table.total for table in final.shards.values()),
     )

@@ -190,7 +190,7 @@ def check_space(space: Space, options: SweepOptions) -> None:
     if options.search != "grid" and not space.axes:
         raise ConfigError("there is nothing to search for: give several values, such as --temperature 1,2,4")
     for axis in space.axes:  # every value once, so that a typing error is told before the first training
-        for value in _some_values(axis):
+        for value in axis.values if isinstance(axis, Choice) else (axis.low, axis.high):
             first = {other.key: other.values[0] if isinstance(other, Choice) else other.low for other in space.axes}
             space.options(first | {axis.key: value}, seed=0, trial=f"{axis.key}={value}")
     if not space.axes:
@@ -209,21 +209,14 @@ def count_points(space: Space, options: SweepOptions) -> int:
     return options.points if size is None or options.search == "optuna" else min(options.points, size)
 
 
-def combinations(space: Space) -> Iterator[Changes]:
-    """Every value of each axis with every one of the others; of a range its two ends."""
-    for chosen in itertools.product(*map(_some_values, space.axes)):
-        yield {axis.key: value for axis, value in zip(space.axes, chosen, strict=True)}
-
-
-def _some_values(axis: Axis) -> tuple[Any, ...]:
-    return axis.values if isinstance(axis, Choice) else (axis.low, axis.high)
-
-
 def find_points(space: Space, options: SweepOptions) -> Iterator[Point]:
     """The points of a grid or of a random search, always the same ones in the same order."""
     size = _grid_size(space)
     if options.search == "grid":
-        yield from (Point(point_name(changes), changes) for changes in combinations(space))
+        values = (axis.values for axis in space.axes if isinstance(axis, Choice))
+        for chosen in itertools.product(*values):
+            changes = {axis.key: value for axis, value in zip(space.axes, chosen, strict=True)}
+            yield Point(point_name(changes), changes)
         return
     order: list[int] | None = None
     if size is not None and size <= _MOST_LISTED:

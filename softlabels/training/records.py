@@ -113,6 +113,5 @@ def _cache_card(cache: Cache) -> dict[str, Any]:
         "identity": cache.identity(),
     }
     if isinstance(cache, CombinedCache):
-        shares = cache.combination.shares()
-        found["combined"] = [asdict(share) | {"cache": str(share.cache)} for share in shares]
+        found["combined"] = [asdict(share) for share in cache.combination.shares()]
     return found

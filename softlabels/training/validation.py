@@ -19,7 +19,10 @@ from softlabels.types import NO_LABEL
 
 @torch.no_grad()
 def validate(cache: Cache, stretch: Stretch, learner: Learner) -> dict[str, float]:
-    """Accuracy on the validation corpus; or the objective, as at the end of the phase, on the held-out rows."""
+    """Accuracy on the validation corpus; or the objective, as at the end of the phase, on the held-out rows.
+
+    A batch of a language model counts by its targets, also for losses that are means over the masked ones alone.
+    """
     objective, split = learner.objective, stretch.split
     learner.run.model.eval()
     if split.corpus:
