@@ -137,7 +137,7 @@ def test_type_checkers_see_the_same_names():
 @pytest.mark.parametrize(
     "script",
     [
-        "import softlabels, softlabels.cli",
+        pytest.param("import softlabels, softlabels.cli", marks=pytest.mark.slow),
         pytest.param("import softlabels.dump as stage; assert stage.DumpReport and stage.dump", marks=pytest.mark.slow),
         pytest.param("from softlabels import dump; assert dump.DumpReport and dump.dump", marks=pytest.mark.slow),
         "from softlabels import *; assert callable(dump)",

@@ -118,6 +118,7 @@ def test_each_item_is_done_once_and_what_cannot_be_is_named(room: Room, tmp_path
     assert 7 <= len(report.lost) <= 10 and any("in item die" in line for line in report.lost)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_what_no_other_try_could_mend_ends_the_pool(room: Room) -> None:
     with pytest.raises(OSError, match="No space left on device"):
@@ -196,6 +197,7 @@ def test_so_they_do_behind_a_url(room: Room, teacher: Path, whole: Path, tmp_pat
     assert contents(stored) == contents(whole)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_shard_that_cannot_be_done_is_named_and_the_others_are_kept(room: Room, tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "teacher")
