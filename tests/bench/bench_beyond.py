@@ -292,15 +292,15 @@ def heads(place: Place) -> dict[str, Figures]:
 
     start = {"init_from": str(resolve_pretrained(MINILM)), "layers": 3}
     common = {"student": "transformer", "losses": {"kl": 1.0}, "batch_size": 32}
-    found = {"plain": place.train("distilled", **common, options=start, lr=1e-4, epochs=2)}
+    found = {"plain": place.train("distilled", **common, options=start, lr=2e-4, epochs=6)}
     quarter, cache = PruneOptions(heads=0.25), open_cache(place.task / "cache")
     prune(place.out / "distilled", out=place.out / "pruned", options=quarter, cache=cache)
     found["pruned"] = place.score(place.out / "pruned")
     found["pruned, distilled again"] = place.train(
-        "again", **common, from_run=str(place.out / "pruned"), lr=5e-5, epochs=1
+        "again", **common, from_run=str(place.out / "pruned"), lr=1e-4, epochs=2
     )
     found["pruned first, then distilled"] = place.train(
-        "first", **common, options=start, lr=1e-4, epochs=2, prune={"heads": 0.25}
+        "first", **common, options=start, lr=2e-4, epochs=6, prune={"heads": 0.25}
     )
     for title, run, int8 in (
         ("onnx", "distilled", False),
