@@ -170,11 +170,9 @@ def _read(recipe: FederatedRecipe, say: Callable[[str], None]) -> tuple[Corpus, 
     choice = recipe.corpus
     read = partial(read_corpus, text=choice.text, label=choice.label)
     train = read(choice.source, split=choice.train, rows=choice.rows)
-    common = read(choice.common_source or choice.source, split=choice.common, rows=choice.rows)
-    test = read(choice.test_source or choice.source, split=choice.test)
     private = {(row.text, row.text_b) for row in train.examples if row.label is not None}
-    kept = {"common": common, "test": test}
-    for name, corpus in kept.items():
+
+    def without_private(name: str, corpus: Corpus) -> Corpus:
         others = [row for row in corpus.examples if (row.text, row.text_b) not in private]
         if not others:
             raise CorpusError(
@@ -183,8 +181,11 @@ def _read(recipe: FederatedRecipe, say: Callable[[str], None]) -> tuple[Corpus, 
             )
         if known := len(corpus.examples) - len(others):
             say(f"{known:,} of {len(corpus.examples):,} {name} rows are also among the parties': they are left out")
-        kept[name] = replace(corpus, examples=others)
-    common, test = kept.values()
+        return replace(corpus, examples=others)
+
+    common_source, test_source = choice.common_source or choice.source, choice.test_source or choice.source
+    common = without_private("common", read(common_source, split=choice.common, rows=choice.rows))
+    test = without_private("test", read(test_source, split=choice.test))
     names = train.label_names or []
     if all(label == NO_LABEL for label in encode_labels(test.examples, names)):
         raise CorpusError(f"test corpus {test.source} has no labelled row to score the parties on")

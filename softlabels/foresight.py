@@ -5,6 +5,7 @@ Only configurations are read: of the models, what layers there are; of the recip
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,9 +135,9 @@ def _without_start(
         return _without_start(first.student.options, first.teacher, recipe, config) | own
     folder = _folder(teacher) if start in (BASE, TEACHER) else Path(str(start))
     if folder is not None and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = {"hidden_size": "hidden_size", "heads": "num_attention_heads", "intermediate_size": "intermediate_size"}
-    sizes = {option: read_setting(config, name) for option, name in ({"model_type": "model_type"} | names).items()}
+        config = _read_config(folder)
+    sizes = {name: read_setting(config, name) for name in ("model_type", "hidden_size", "intermediate_size")}
+    sizes["heads"] = read_setting(config, "num_attention_heads")
     return {option: size for option, size in sizes.items() if size is not None} | own
 
 
@@ -163,7 +164,7 @@ def _seen(teacher: TeacherChoice, dump: DumpOptions) -> _Seen | None:
     folder = _folder(teacher)
     if folder is None:
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder)
     task = teacher.train.task if teacher.train is not None else teacher_task(str(folder), dump.task)
     return _Seen(dump, config, task, folder)
 
@@ -188,22 +189,24 @@ def _check_student(options: StudentOptions, seen: _Seen | None, pretrain: Pretra
     if shape is None:
         return
     dump, config, task, depth = seen.dump, seen.config, seen.task, layers_of(seen.config)
-    layers = count_layers(options.student, _spec(shape, config, task, dump))
+    spec = _spec(shape, config, task, dump)
+    layers = count_layers(options.student, spec)
+    own = None if layers is None else read_shape(spec).config.to_dict()
     requests = resolve_layers(choose_captures(parse_captures(dump.capture), task), layers=depth)
     for phase in write_out(options.all_phases(), student_layers=layers, teacher_layers=depth):
         terms = fill_in(phase, task, student_layers=layers, teacher_layers=lambda: _known(depth, seen.folder))
-        if layers is not None:
-            _check_sizes(terms, read_shape(_spec(shape, config, task, dump)).config.to_dict(), config)
+        if own is not None:
+            _check_sizes(terms, own, config)
         refuse_lacking(terms, _fields(requests), config, language=task in LANGUAGE_MODELS)
 
 
 def _check_sizes(terms: Sequence[Term], student: dict[str, Any], teacher: dict[str, Any]) -> None:
     """ConfigError where a loss compares heads, or values of hidden states, of which the models have other numbers."""
     heads = "num_attention_heads"
-    for term in terms:
-        need = NEEDS[term.loss][0] if term.loss in LAYER_LOSSES else ""
-        usual = "mean" if term.loss == "attention_scores_ce" else "each"
-        by_head = need.startswith("attention") and term.options.get("heads", usual) == "each"
+    for term in (term for term in terms if term.loss in LAYER_LOSSES):
+        (need,) = NEEDS[term.loss]
+        takes = inspect.signature(LAYER_LOSSES[term.loss]).parameters
+        by_head = "heads" in takes and term.options.get("heads", takes["heads"].default) == "each"
         by_head |= need == "query" and "relation_heads" not in term.options
         by_group = need in ("key", "value") and "relation_heads" not in term.options
         by_value = term.loss in _SAME_WIDTH and term.project is None
@@ -220,6 +223,10 @@ def _check_sizes(terms: Sequence[Term], student: dict[str, Any], teacher: dict[s
                     f"loss '{term.loss}' needs the same {option} on both sides, and the student has {mine}, its "
                     f"teacher {theirs}: {way_out}"
                 )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _folder(teacher: TeacherChoice) -> Path | None:

@@ -36,7 +36,6 @@ from softlabels.cache.loader import CacheLoader, LoadOptions
 from softlabels.checkpoint import Progress, best_weights, drop_checkpoint, restore, run_folder, save_checkpoint
 from softlabels.config import MultiTaskOptions, StudentOptions
 from softlabels.corpus import Corpus
-from softlabels.objective import Objective
 from softlabels.optimizer import ParameterGroup
 from softlabels.progress import progress
 from softlabels.runs import TOGETHER, save_run, write_together
@@ -266,7 +265,7 @@ def _make_learners(
     for name, task in tasks.items():
         probe = task.cache.tokens(task.rows[:2]).to(accelerator.device)
         run, objective = set_up(task.student, task.stretch, task.cache, probe)
-        for module in _beside(objective):
+        for module in objective.modules():
             module.to(accelerator.device)
         if objective.projections is not None:
             groups += find_groups(task.student, task.stretch.phase, objective)
@@ -274,17 +273,12 @@ def _make_learners(
     optimizer, schedule = make_optimizer(body, options.all_phases()[0], options, groups, steps=steps)
     _, optimizer, schedule = accelerator.prepare(body, optimizer, schedule)
     for _, objective in set_ups.values():
-        for module in _beside(objective):
+        for module in objective.modules():
             accelerator.prepare(module)
     return {
         name: Learner(run, objective, accelerator, optimizer, schedule, steps, processes)
         for name, (run, objective) in set_ups.items()
     }
-
-
-def _beside(objective: Objective) -> list[nn.Module]:
-    """What is trained and kept in checkpoints, and is no part of a student."""
-    return [module for module in (objective.projections, objective.balances) if module is not None]
 
 
 def _body(tasks: Mapping[str, _Task]) -> nn.ModuleList:

@@ -140,6 +140,10 @@ class Objective:
                     found.setdefault(kind, set()).update(term.layers("student"))
         return {kind: sorted(layers) for kind, layers in found.items()}
 
+    def modules(self) -> list[nn.Module]:
+        """What is trained and kept in checkpoints, and is no part of the student."""
+        return [module for module in (self.projections, self.balances) if module is not None]
+
     def hear(self, teacher: Signals) -> Signals:
         """`teacher` with its logits over the vocabulary, where it is a language model, on the device of its labels."""
         if self.vocab is None:

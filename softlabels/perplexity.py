@@ -76,7 +76,7 @@ def evaluate_language_model(run: Path, corpus: Corpus, *, cache: Cache | None = 
         raise StudentError(f"{run} is a {student.record.task} student, which has no perplexity")
     masking = Masking()
     if cache is not None and cache.manifest.dump.masking is not None:
-        masking = Masking(**cache.manifest.dump.masking.model_dump()).model_copy(update={"targets": "masked"})
+        masking = Masking(**cache.manifest.dump.masking.model_dump() | {"targets": "masked"})
     rows = _tokenize(student, corpus, masking)
     if cache is not None and masking.smoothing and cache.rows != len(rows):
         raise CacheError(
@@ -169,9 +169,8 @@ def _compare(student: Run, cache: Cache, vocab: VocabTeacher, rows: np.ndarray, 
     batch = cache.batch(rows, vocab.fields)
     own, teacher = _logits(student, batch.tokens), vocab(batch.teacher)
     labels = batch.tokens.labels[batch.tokens.labels != NO_LABEL]
-    masked = labels != UNMASKED
     sums.shared += len(labels)
-    sums.guessed += int(masked.sum())
+    sums.guessed += int((labels != UNMASKED).sum())
     sums.kl += float(losses.kl(own, teacher, temperature=1.0)) * len(labels)
     if isinstance(teacher, TruncatedLogits):
         sums.agreed += int((own.argmax(1) == teacher.ids[:, 0]).sum())
@@ -179,7 +178,7 @@ def _compare(student: Run, cache: Cache, vocab: VocabTeacher, rows: np.ndarray, 
     else:
         sums.agreed += int((own.argmax(1) == teacher.argmax(1)).sum())
         if sums.teacher_surprise is not None:
-            surprise = functional.cross_entropy(teacher[masked], labels[masked], reduction="sum")
+            surprise = functional.cross_entropy(teacher, labels, ignore_index=UNMASKED, reduction="sum")
             sums.teacher_surprise += float(surprise)
 
 

@@ -316,8 +316,7 @@ class MaskingCard(_Part):
 
     @model_serializer(mode="wrap")
     def _without_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"smoothing": 0.0, "targets": "masked"}
-        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
+        return {key: value for key, value in write(self).items() if value != MaskingCard.model_fields[key].default}
 
 
 class DumpCard(_Part):

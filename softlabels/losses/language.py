@@ -47,8 +47,8 @@ def ce(student: Signals, teacher: Signals, *, temperature: float = 1.0) -> Tenso
     A mean over those that have a label: of a masked language model that speaks of all tokens, the masked ones.
     """
     labels = student.labels[student.labels != NO_LABEL]  # (T,)
-    masked = labels != UNMASKED
-    return mean(F.cross_entropy(student.logits[masked], labels[masked], reduction="sum"), int(masked.sum()))
+    total = F.cross_entropy(student.logits, labels, ignore_index=UNMASKED, reduction="sum")
+    return mean(total, int((labels != UNMASKED).sum()))
 
 
 def _tail(teacher: Signals) -> Tail:

@@ -60,7 +60,10 @@ class StudentModule(Protocol):
     """What a student's module offers."""
 
     def read(self, spec: StudentSpec) -> object:
-        """The options of `spec`, checked; StudentError for what such a student doesn't take. Nothing is built."""
+        """The options of `spec`, checked; one that has layers to look at has `count_layers` instead. Nothing is built.
+
+        StudentError for what such a student doesn't take.
+        """
 
     def build(self, spec: StudentSpec) -> PreTrainedModel:
         """A new model with random weights (torch's generator decides them)."""

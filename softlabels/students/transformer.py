@@ -38,7 +38,7 @@ from transformers import (
 
 from softlabels.errors import StudentError
 from softlabels.students import StudentSpec, refuse_incomplete, student_inputs
-from softlabels.students.shapes import Shape, read_shape, token_types
+from softlabels.students.shapes import read_shape, token_types
 from softlabels.students.starts import one_line
 from softlabels.students.teacher_layers import copy_start
 from softlabels.tasks import find_task
@@ -53,14 +53,9 @@ _KINDS: dict[Task, Any] = {
 }
 
 
-def read(spec: StudentSpec) -> Shape:
-    """The shape that the options of `spec` ask for, checked."""
-    return read_shape(spec)
-
-
 def build(spec: StudentSpec) -> PreTrainedModel:
     """A new transformer for `spec`, its head and whatever no teacher gave it at random."""
-    shape = read(spec)
+    shape = read_shape(spec)
     if shape.start is not None and spec.task == SEQ2SEQ:
         raise StudentError(
             "option 'init_from' is for models of one stack of layers so far: leave it out for seq2seq-lm"
@@ -77,7 +72,7 @@ def build(spec: StudentSpec) -> PreTrainedModel:
 
 def count_layers(spec: StudentSpec) -> int:
     """How many layers a transformer for `spec` has."""
-    return read(spec).config.num_hidden_layers
+    return read_shape(spec).config.num_hidden_layers
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -106,7 +106,7 @@ def make_learner(
     groups = find_groups(student, stretch.phase, objective)
     tools = make_optimizer(student, stretch.phase, options, groups, steps=steps)
     # kept in checkpoints: the student, and what is no part of it
-    modules = [student, *(m for m in (objective.projections, objective.balances) if m is not None)]
+    modules = [student, *objective.modules()]
     for module in modules:  # not wrapped for several processes: gradients are added up in `take_step`
         accelerator.prepare_model(module.to(accelerator.device), evaluation_mode=True)
     processes.start_alike(modules)
