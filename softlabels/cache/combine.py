@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,30 +23,25 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 
+from softlabels.cache.arrow import numbers
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.codec import DTYPES, decode
 from softlabels.cache.combined import LOGITS, CacheShare, Combination, open_several, plan_combination
-from softlabels.cache.files import hash_handle, write_file
-from softlabels.cache.format import (
-    EXAMPLES,
-    FieldSpec,
-    Manifest,
-    Receipt,
-    read_receipt,
-    receipt_file,
-    shard_file,
-    to_json,
-)
+from softlabels.cache.files import hash_handle
+from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_receipt, shard_file
+from softlabels.cache.grouped import ShardGroup, row_file
 from softlabels.cache.inside import open_inside
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_files
-from softlabels.cache.shards import list_lengths, map_shard, open_shard, read_shard
+from softlabels.cache.shards import list_lengths, load_shard, read_shard
 from softlabels.cache.writer import FieldShard, metadata
 from softlabels.config import CombineOptions, package_versions
 from softlabels.errors import CacheError
 from softlabels.progress import progress
 
-_THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
+_THREADS = 2  # groups of shards at a time: while one waits for the disk to sync, another is mixed
+_TOGETHER = 32  # shards a group, where they are small
+_SMALL = 1 << 24  # bytes of a field's shard that is small
 _AT_ONCE = 1 << 14  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
 
@@ -82,7 +77,8 @@ def combine(caches: Sequence[str | Path], *, out: Path, options: CombineOptions 
         file for file in small_files(opened[0]) if not file.startswith("teacher/") or file == "teacher/config.json"
     ]
     with derive_cache(Path(out), manifest, source=opened[0].path, files=files) as build:
-        new_rows = write_shards(build, _Writer(plan, build).write)
+        writer = _Writer(plan, build)
+        new_rows = write_shards(build, writer.write, together=_TOGETHER if writer.small else 1)
         final = build.finish()
     return CombineReport(
         cache=Path(out),
@@ -111,30 +107,47 @@ def small_files(cache: Cache) -> list[str]:
     return [name for part in ("processor", "teacher", "tokenizer") for name in settings_files(cache.path, part)]
 
 
-def write_shards(build: CacheBuild, write, *, description: str = "combine") -> int:
-    """Call `write(shard, missing fields)` for each shard that misses some, some at a time; the rows that they have."""
+def write_shards(
+    build: CacheBuild,
+    write: Callable[[int, Sequence[str], ShardGroup], None],
+    *,
+    together: int = 1,
+    description: str = "combine",
+) -> int:
+    """Call `write(shard, missing fields, group)` for each shard that misses some; the rows that they have.
+
+    Some at a time; what is put into the group is committed with `together` - 1 other shards.
+    """
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = build.all_missing(build.shards())
-    rows = {shard: min(size, total - shard * size) for shard in missing}
-    new = sum(rows.values())
+    shards = list(missing)
+    groups = [shards[at : at + together] for at in range(0, len(shards), together)]
+
+    def write_group(group: Sequence[int]) -> int:
+        with ShardGroup(build.folder) as files:
+            for shard in group:
+                write(shard, missing[shard], files)
+        return sum(min(size, total - shard * size) for shard in group)
+
+    new = sum(min(size, total - shard * size) for shard in shards)
     with (
         progress(total, description=description, done=total - new) as update,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="softlabels-combine") as pool,
     ):
-        for shard, _ in zip(missing, pool.map(write, missing.keys(), missing.values()), strict=True):
-            update(rows[shard])
+        for rows in pool.map(write_group, groups):
+            update(rows)
     return new
 
 
 def open_whole(cache: Cache, field: str, shard: int) -> pa.Table:
     """The checked table of a shard whose bytes are those that were written; CacheError where they are not."""
-    return read_shard(map_whole(cache, field, shard), cache.path, cache.manifest, field, shard)
+    return read_shard(load_whole(cache, field, shard), cache.path, cache.manifest, field, shard)
 
 
-def map_whole(cache: Cache, field: str, shard: int) -> pa.Buffer:
-    """The mapped bytes of a shard, hashed; CacheError where they are not those that were written."""
+def load_whole(cache: Cache, field: str, shard: int) -> pa.Buffer:
+    """The bytes of a shard, hashed; CacheError where they are not those that were written."""
     cache.have(field, shard)
-    data = map_shard(cache.path, cache.manifest, field, shard)
+    data = load_shard(cache.path, cache.manifest, field, shard)
     if xxhash.xxh3_128(data).hexdigest() != cache.manifest.shards[field].hash(shard):
         raise damaged(cache, field, shard)
     return data
@@ -147,33 +160,28 @@ def damaged(cache: Cache, field: str, shard: int) -> CacheError:
     )
 
 
-def write_tables(build: CacheBuild, tables: Sequence[pa.Table], shard: int, *, join: str, truncated: int) -> None:
-    """Write and commit a shard of `examples` whose rows are those of `tables`, one after the other."""
+def write_tables(group: ShardGroup, tables: Sequence[pa.Table], shard: int, *, join: str, truncated: int) -> None:
+    """Write a shard of `examples` whose rows are those of `tables`, one after the other."""
     whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).combine_chunks()
     whole = whole.replace_schema_metadata(metadata(EXAMPLES, shard))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, whole.schema) as writer:
         for batch in whole.to_batches():
             writer.write_batch(batch)
-    tokens = sum(len(chunk.flatten()) for chunk in whole.column("input_ids").chunks)
-    commit_examples(build.folder, sink.getvalue(), shard, whole.num_rows, tokens, join=join, truncated=truncated)
-
-
-def commit_examples(
-    folder: Path, data: pa.Buffer, shard: int, rows: int, tokens: int, *, join: str, truncated: int
-) -> None:
-    """Write the bytes of a shard of `examples`, then its receipt."""
-    receipt_file(folder, EXAMPLES, shard).unlink(missing_ok=True)  # says nothing about the file that comes
-    write_file(shard_file(folder, EXAMPLES, shard), memoryview(data))
-    receipt = Receipt(
-        rows=rows,
-        tokens=tokens,
-        bytes=len(data),
-        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
+    group.put(
+        EXAMPLES,
+        shard,
+        sink.getvalue(),
+        rows=whole.num_rows,
+        tokens=count_tokens(whole),
         join=join,
         truncated=truncated,
     )
-    write_file(receipt_file(folder, EXAMPLES, shard), to_json(receipt))
+
+
+def count_tokens(examples: pa.Table) -> int:
+    """How many tokens the rows of a shard of `examples`, or of a part of it, have."""
+    return sum(len(chunk.flatten()) for chunk in examples.column("input_ids").chunks)
 
 
 def join_of(tables: Sequence[pa.Table]) -> str:
@@ -181,8 +189,8 @@ def join_of(tables: Sequence[pa.Table]) -> str:
     hasher = xxhash.xxh3_128()
     for table in tables:
         for batch in table.select(["id", "token_hash"]).to_batches():
-            numbers = np.ascontiguousarray(batch.column("token_hash").to_numpy())
-            wide = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(numbers), [None, pa.py_buffer(numbers)])
+            hashes = numbers(batch.column("token_hash"))
+            wide = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(hashes), [None, pa.py_buffer(hashes)])
             names = batch.column("id").cast(pa.large_binary())
             rows = pc.binary_join_element_wise(names, wide.cast(pa.large_binary()), pa.scalar(b"\0", pa.large_binary()))
             ends = np.frombuffer(rows.buffers()[1], "<i8")[rows.offset : rows.offset + len(rows) + 1]
@@ -227,6 +235,7 @@ class _Writer:
         self.plan, self.build = plan, build
         self.first = plan.caches[0]
         self.whole = plan.join.kept is None  # every shard has the rows of the first cache's
+        self.by_label = plan.mixing.options.choose == "label"
         self.cut = counted(self.first, EXAMPLES)
         self._one_by_one = threading.Lock()  # gathers from caches whose shards are opened on the way
         anything = bool(build.all_missing(build.shards()))
@@ -234,55 +243,74 @@ class _Writer:
         for cache in gathered:
             _check_hashes(cache, LOGITS)
 
-    def write(self, shard: int, missing: Sequence[str]) -> None:
+    @property
+    def small(self) -> bool:
+        """Whether a shard of logits has few bytes."""
+        spec = self.plan.spec
+        return spec.kind == "row" and 4 * spec.width * self.build.manifest.dump.shard_rows <= _SMALL
+
+    def write(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         size = self.build.manifest.dump.shard_rows
         rows = np.arange(shard * size, min((shard + 1) * size, self.plan.join.rows))
-        tables = self._examples(shard, rows)
-        join = self.first.manifest.join[32 * shard : 32 * shard + 32] if self.whole else join_of(tables)
-        if EXAMPLES in missing:
-            self._write_examples(tables, shard, join)
+        if self.whole:
+            join = self.first.manifest.join[32 * shard : 32 * shard + 32]
+            tables = self._copy_examples(shard, join, group if EXAMPLES in missing else None)
+        else:
+            tables = self._gather_examples(rows)
+            join = join_of(tables)
+            if EXAMPLES in missing:
+                self._write_examples(tables, shard, join, group)
         fields = [field for field in missing if field != EXAMPLES]
         if not fields:
             return
-        tokens = np.concatenate([list_lengths(table, "input_ids") for table in tables])
         pattern = _Pattern()
         said = [self._said(number, shard, rows, pattern) for number in range(len(self.plan.caches))]
         for field in fields:
-            values = self._mixed(said, self._labels(tables)) if field == LOGITS else said[int(field[7:]) - 1]
-            with field_shard(self.build, field, shard, tokens) as writer:
-                writer.put_run(0, values.numpy().reshape(-1), rows=len(tokens))
+            values = self._mixed(said, tables) if field == LOGITS else said[int(field[7:]) - 1]
+            if self.small:
+                tokens = self.first.manifest.shard_tokens[shard] if self.whole else sum(map(count_tokens, tables))
+                data = row_file(field, self.plan.spec, shard, values.numpy())
+                group.put(field, shard, data, rows=len(rows), tokens=tokens, join=join)
+                continue
+            lengths = np.concatenate([list_lengths(table, "input_ids") for table in tables])
+            with field_shard(self.build, field, shard, lengths) as writer:
+                writer.put_run(0, values.numpy().reshape(-1), rows=len(lengths))
                 writer.commit(join)
 
     def _straight(self, number: int) -> bool:
         """Whether a cache has the shards of the result."""
         return self.whole and (number == 0 or self.plan.join.matched[number - 1].aligned)
 
-    def _examples(self, shard: int, rows: np.ndarray) -> list[pa.Table]:
-        if self.whole:
-            self.first.have(EXAMPLES, shard)
-            return [open_shard(self.first.path, self.first.manifest, EXAMPLES, shard)]
+    def _copy_examples(self, shard: int, join: str, group: ShardGroup | None) -> list[pa.Table]:
+        """A shard of the first cache as it is, into `group` where one is given; read where it is asked for anything.
+
+        Its bytes are those that were written, and who opens the result checks what they say, as of any cache.
+        """
+        manifest, data = self.first.manifest, load_whole(self.first, EXAMPLES, shard)
+        if group is not None:
+            rows, tokens = manifest.shard_rows[shard], manifest.shard_tokens[shard]
+            group.put(EXAMPLES, shard, data, rows=rows, tokens=tokens, join=join, truncated=self.cut[shard])
+        if self.small and not self.by_label:
+            return []
+        return [read_shard(data, self.first.path, manifest, EXAMPLES, shard)]
+
+    def _gather_examples(self, rows: np.ndarray) -> list[pa.Table]:
         own, size = self.plan.join.rows_of(0, rows), self.first.manifest.dump.shard_rows
         return [
             open_whole(self.first, EXAMPLES, source).take(own[own // size == source] % size)
             for source in np.unique(own // size).tolist()
         ]
 
-    def _write_examples(self, tables: Sequence[pa.Table], shard: int, join: str) -> None:
-        if not self.whole:
-            longest = self.first.manifest.dump.max_length
-            cut = sum(int((list_lengths(table, "input_ids") >= longest).sum()) for table in tables)
-            # which rows were cut is not kept; those that were are as long as can be
-            write_tables(self.build, tables, shard, join=join, truncated=min(cut, sum(self.cut)))
-            return
-        manifest = self.first.manifest
-        data = map_whole(self.first, EXAMPLES, shard)
-        rows, tokens = manifest.shard_rows[shard], manifest.shard_tokens[shard]
-        commit_examples(self.build.folder, data, shard, rows, tokens, join=join, truncated=self.cut[shard])
+    def _write_examples(self, tables: Sequence[pa.Table], shard: int, join: str, group: ShardGroup) -> None:
+        longest = self.first.manifest.dump.max_length
+        cut = sum(int((list_lengths(table, "input_ids") >= longest).sum()) for table in tables)
+        # which rows were cut is not kept; those that were are as long as can be
+        write_tables(group, tables, shard, join=join, truncated=min(cut, sum(self.cut)))
 
     def _labels(self, tables: Sequence[pa.Table]) -> torch.Tensor:
         """(V,) the class of every row, or of every token where teachers speak of tokens."""
         if self.plan.spec.kind == "row":
-            parts = [table.column("label").to_numpy() for table in tables]
+            parts = [numbers(table.column("label")) for table in tables]
         else:
             parts = [flat(chunk) for table in tables for chunk in table.column("labels").chunks]
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -303,12 +331,14 @@ class _Writer:
             raise CacheError(f"cache {cache.path} has NaN or infinite logits: its teacher is broken. Leave it out")
         return values.contiguous()
 
-    def _mixed(self, said: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def _mixed(self, said: Sequence[torch.Tensor], tables: Sequence[pa.Table]) -> torch.Tensor:
+        labels = self._labels(tables) if self.by_label else None
         mixed = torch.empty_like(said[0])
         step = max(1, _AT_ONCE // self.plan.spec.width)
         for at in range(0, len(mixed), step):
             part = slice(at, at + step)
-            mixed[part] = self.plan.mixing.mix([values[part] for values in said], labels[part])
+            said_here = [values[part] for values in said]
+            mixed[part] = self.plan.mixing.mix(said_here, None if labels is None else labels[part])
         return mixed
 
 
@@ -325,7 +355,7 @@ class _Pattern:
 
     def read(self, cache: Cache, shard: int) -> np.ndarray:
         """All stored values of the shard, one after the other."""
-        data, spec = map_whole(cache, LOGITS, shard), cache.fields[LOGITS]
+        data, spec = load_whole(cache, LOGITS, shard), cache.fields[LOGITS]
         if self.around is not None and self.spec == spec:
             before, behind = self.around
             view, stop = memoryview(data).cast("B"), len(data) - len(behind)
@@ -353,4 +383,4 @@ def _check_hashes(cache: Cache, field: str) -> None:
 
 def flat(chunk: pa.Array) -> np.ndarray:
     """The values of a list column, those before and behind it left out."""
-    return chunk.flatten().to_numpy(zero_copy_only=True)
+    return numbers(chunk.flatten())

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from softlabels.cache.arrow import numbers
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.combine import (
     CombineReport,
@@ -33,6 +34,7 @@ from softlabels.cache.combine import (
 )
 from softlabels.cache.combined import CacheShare, open_several, part_of
 from softlabels.cache.format import EXAMPLES, CombinedCard, Manifest, shard_file
+from softlabels.cache.grouped import ShardGroup
 from softlabels.cache.join import id_hashes
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_hashes
@@ -247,7 +249,7 @@ class PieceWriter:
             for field in (EXAMPLES, *cache.fields)
         }
 
-    def write(self, shard: int, missing: Sequence[str]) -> None:
+    def write(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         pieces = self.pieces.of(shard)
         whole = [open_whole(piece.cache, EXAMPLES, piece.shard) for piece in pieces]
         tables = [
@@ -255,7 +257,7 @@ class PieceWriter:
         ]
         join = _known_join(pieces) or join_of(tables)
         if EXAMPLES in missing:
-            write_tables(self.build, tables, shard, join=join, truncated=self._count(EXAMPLES, pieces))
+            write_tables(group, tables, shard, join=join, truncated=self._count(EXAMPLES, pieces))
         tokens = [list_lengths(table, "input_ids") for table in whole]
         has_targets = self.build.manifest.teacher.task in TOKEN_LABELS
         targets = [count_targets(table) if has_targets else None for table in whole]
@@ -308,7 +310,7 @@ def _rows(values: Sequence[np.ndarray | None], pieces: Sequence[Piece]):
 
 
 def _numbers(column: pa.Array) -> np.ndarray:
-    return flat(column) if pa.types.is_list(column.type) else column.to_numpy()
+    return flat(column) if pa.types.is_list(column.type) else numbers(column)
 
 
 def _known_join(pieces: Sequence[Piece]) -> str | None:

@@ -40,18 +40,23 @@ class Mixing:
     weights: tuple[float, ...]  # of sum 1
     orders: tuple[tuple[int, ...] | None, ...]  # class c of the result is class orders[t][c] of teacher t; None: c
 
-    def mix(self, said: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def mix(self, said: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """(…, C) float32 from the teachers' (…, C) each, `aligned`; `labels` (…) are class numbers or NO_LABEL.
+
+        Labels are asked for only to `choose` by them.
 
         Computed in float64, each row for itself, with the classes outermost: sums over a few classes are then as fast
         as any.
         """
-        values = torch.stack([part.movedim(-1, 0) for part in said], 1).double().contiguous()  # (C, T, …)
+        values = torch.stack(list(said)).movedim(-1, 0)  # (C, T, …)
+        values = values.to(torch.float64, memory_format=torch.contiguous_format)
         if self.options.choose == "entropy":
             logs = values.log_softmax(0)
             entropies = -(logs.exp() * logs).sum(0)  # (T, …)
             mixed = _pick(values, entropies.argmin(0))
         elif self.options.choose == "label":
+            if labels is None:
+                raise ValueError("choosing a teacher by the label needs labels")
             known = labels != NO_LABEL
             wanted = labels.clamp(min=0)[None, None].expand(1, *values.shape[1:])
             on_label = values.log_softmax(0).gather(0, wanted)[0]  # (T, …)

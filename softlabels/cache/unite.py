@@ -28,6 +28,7 @@ from softlabels.cache.format import (
     shard_file,
     to_json,
 )
+from softlabels.cache.grouped import ShardGroup
 from softlabels.cache.inside import open_inside
 from softlabels.cache.settings import settings_hashes
 from softlabels.errors import CacheError
@@ -55,7 +56,7 @@ def unite_parts(places: Sequence[Path], *, out: Path) -> CombineReport:
     files = sorted(settings_hashes(places[0]))
     with derive_cache(out, manifests[0], source=places[0], files=files) as build:
 
-        def write(shard: int, missing: Sequence[str]) -> None:
+        def write(shard: int, missing: Sequence[str], _group: ShardGroup) -> None:
             for field in missing:
                 _copy_shard(owners[field, shard], build.folder, field, shard)
 

@@ -1,11 +1,13 @@
 """How fast caches are combined beside reading and writing the same bytes, and how much memory that takes.
 
 Run it:  python -m tests.bench.bench_combine [--rows 1000000] [--caches 8] [--rounds 3] [--folder DIR] [--only combine]
+                                                   [--cold]
 
 Contestants take turns, each in a process of its own, so that its peak memory can be told; only the work is timed, not
 the imports. The plain ones read every byte of all the caches' files, 1 MB at a time, and write as many bytes as the
 result has, into as many files; "synced" also syncs each file and its folder, as a crash-safe writer must. Where the
 files of all caches but the first are not read (their examples, when the rows are the same), combining may be faster.
+With --cold no file is in the system's memory before a contestant reads it: what the disk can do shows only then.
 
     combine     mean of probabilities of caches with the same rows in the same files
     shuffled    the same, of which one has its rows in another order: they are joined by hashes and gathered
@@ -53,6 +55,7 @@ def make(
     from softlabels.cache.build import derive_cache
     from softlabels.cache.combine import join_of, write_tables
     from softlabels.cache.format import load_receipt
+    from softlabels.cache.grouped import ShardGroup
     from softlabels.cache.members import token_hashes
     from softlabels.cache.writer import examples_schema
     from softlabels.progress import quiet
@@ -96,7 +99,8 @@ def make(
             hashes = pa.array(token_hashes(table, card))
             table = table.set_column(1, schema.field("token_hash"), hashes)
             join = join_of([table])
-            write_tables(build, [table], shard, join=join, truncated=0)
+            with ShardGroup(folder) as group:
+                write_tables(group, [table], shard, join=join, truncated=0)
             write_logits(build, shard, lengths, said, join)
         build.finish()
 
@@ -154,6 +158,16 @@ def plain(caches: Sequence[Path], like: Path, out: Path, *, sync: bool) -> None:
     os.close(folder)
 
 
+def evict(caches: Sequence[Path]) -> None:
+    """Have the system forget what it read of the caches."""
+    for cache in caches:
+        for path in cache.glob("*/*"):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)  # what isn't written yet would stay
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
 def work(contestant: str, folder: Path, out: Path, caches: int) -> dict[str, float]:
     """Run one contestant in this process: seconds, bytes read and written, memory before and at its peak (MB)."""
     import resource
@@ -180,7 +194,9 @@ def work(contestant: str, folder: Path, out: Path, caches: int) -> dict[str, flo
     return {"seconds": seconds, "bytes": read + written, "before": before, "peak": peak}
 
 
-def measure(contestant: str, folder: Path, caches: int) -> dict[str, float]:
+def measure(contestant: str, folder: Path, caches: int, *, cold: bool) -> dict[str, float]:
+    if cold:
+        evict(inputs(contestant, folder, caches))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         command = [sys.executable, "-m", __spec__.name, "--work", contestant, "--folder", str(folder)]
         done = subprocess.run(
@@ -201,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="beside plain and synced")
+    parser.add_argument("--cold", action="store_true", help="read from the disk, and not from memory")
     parser.add_argument("--work", choices=CONTESTANTS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -216,7 +233,7 @@ def main() -> None:
             found: dict[str, list[dict[str, float]]] = {name: [] for name in only}
             for _ in range(asked.rounds if rows == asked.rows else 1):
                 for name in only:
-                    found[name].append(measure(name, folder, asked.caches))
+                    found[name].append(measure(name, folder, asked.caches, cold=asked.cold))
             told[rows] = {
                 name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 for name, runs in found.items()

@@ -20,6 +20,7 @@ from softlabels.cache import open_cache
 from softlabels.cache.combine import combine, counted, join_of
 from softlabels.cache.combined import open_combined
 from softlabels.cache.format import MANIFEST, read_manifest, to_json
+from softlabels.cache.grouped import ShardGroup
 from softlabels.cache.info import describe
 from softlabels.cache.mixing import plan_mixing
 from softlabels.cache.verify import verify_cache
@@ -423,10 +424,10 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
 
     real = module._Writer.write
 
-    def killed(self, shard: int, missing: Sequence[str]) -> None:
+    def killed(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         if shard == 1:
             raise KeyboardInterrupt
-        real(self, shard, missing)
+        real(self, shard, missing, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Writer, "write", killed)

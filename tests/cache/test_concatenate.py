@@ -16,6 +16,7 @@ from softlabels.cache import concatenate as module
 from softlabels.cache import open_cache
 from softlabels.cache.concatenate import concatenate
 from softlabels.cache.format import read_manifest
+from softlabels.cache.grouped import ShardGroup
 from softlabels.cache.verify import verify_cache
 from softlabels.cli import _guarded
 from softlabels.config import DumpOptions
@@ -109,10 +110,10 @@ def _with_teacher(place: Path, folder: Path) -> list[tuple[str, tuple[int, int]]
 def test_a_killed_call_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.PieceWriter.write
 
-    def killed(self, shard: int, missing: Sequence[str]) -> None:
+    def killed(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         if shard == 2:
             raise KeyboardInterrupt
-        real(self, shard, missing)
+        real(self, shard, missing, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(module.PieceWriter, "write", killed)

@@ -1,0 +1,83 @@
+"""Whole shards that are written together: bytes come in, files with receipts go out.
+
+For shards whose bytes are known: a dump, which doesn't know them before its teacher has spoken, has
+`softlabels.cache.writer.FieldShard`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from softlabels.cache.files import FileGroup
+from softlabels.cache.format import FieldSpec, Receipt, receipt_file, shard_file, to_json
+from softlabels.cache.writer import field_schema
+
+
+class ShardGroup:
+    """Shards of a cache at `folder` that are committed at the end of a `with` block, first the files, then receipts.
+
+    Where the block fails none of them is there: they are made anew, as any shard without a receipt.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = FileGroup()
+        self._receipts: dict[Path, Receipt] = {}
+
+    def put(
+        self,
+        field: str,
+        shard: int,
+        data: pa.Buffer,
+        *,
+        rows: int,
+        tokens: int,
+        join: str,
+        truncated: int = 0,
+    ) -> None:
+        """Write the bytes of a shard, of `rows` rows with so many `tokens`; `join` ties it to its examples."""
+        path = receipt_file(self.folder, field, shard)
+        path.unlink(missing_ok=True)  # says nothing about the file that comes
+        view = memoryview(data)
+        self._files.write(shard_file(self.folder, field, shard), view)
+        self._receipts[path] = Receipt(
+            rows=rows,
+            tokens=tokens,
+            bytes=len(view),
+            xxh3_128=xxhash.xxh3_128(view).hexdigest(),
+            join=join,
+            truncated=truncated,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._files.discard()
+            return
+        with self._files:
+            pass
+        with FileGroup() as group:
+            for path, receipt in self._receipts.items():
+                group.write(path, to_json(receipt))
+
+
+def row_file(field: str, spec: FieldSpec, shard: int, values: np.ndarray) -> pa.Buffer:
+    """The bytes of a shard of a `row` field from its (rows, width) `values`, in the field's type.
+
+    To the last byte what `FieldShard` writes, in memory: for shards of few values.
+    """
+    schema = field_schema(field, spec, shard)
+    column = schema.field(0).type
+    flat = pa.Array.from_buffers(column.value_type, values.size, [None, pa.py_buffer(np.ascontiguousarray(values))])
+    rows = pa.Array.from_buffers(column, len(values), [None], children=[flat])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([rows], schema=schema))
+    return sink.getvalue()
