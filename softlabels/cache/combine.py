@@ -42,7 +42,7 @@ from softlabels.progress import progress
 _THREADS = 2  # groups of shards at a time: while one waits for the disk to sync, another is mixed
 _TOGETHER = 32  # shards a group, where they are small
 _SMALL = 1 << 24  # bytes of a field's shard that is small
-_AT_ONCE = 1 << 14  # numbers of each teacher that are mixed at a time, to be in the processor's cache
+_AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +327,7 @@ class _Writer:
                 if values.ndim == 3:
                     lengths = cache.lengths[plan.join.rows_of(number, rows)]
                     values = values[torch.arange(values.shape[1]) < torch.from_numpy(lengths)[:, None]]
-        if not math.isfinite(values.sum(dtype=torch.float64)):  # what is no number, or infinite, makes the sum so
+        if not all(math.isfinite(extreme) for extreme in values.aminmax()):  # what is no number makes both so
             raise CacheError(f"cache {cache.path} has NaN or infinite logits: its teacher is broken. Leave it out")
         return values.contiguous()
 
@@ -360,7 +360,8 @@ class _Pattern:
             before, behind = self.around
             view, stop = memoryview(data).cast("B"), len(data) - len(behind)
             if len(before) < stop and view[: len(before)] == before and view[stop:] == behind:
-                return np.frombuffer(view[len(before) : stop], DTYPES[spec.type]).copy()
+                stored = np.frombuffer(view[len(before) : stop], DTYPES[spec.type])
+                return stored if stored.flags.writeable else stored.copy()  # torch takes nothing that can't be written
         chunks = read_shard(data, cache.path, cache.manifest, LOGITS, shard).column(0).chunks
         parts = [flat(chunk) for chunk in chunks]
         if len(parts) == 1 and self.around is None:

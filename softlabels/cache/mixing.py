@@ -48,9 +48,8 @@ class Mixing:
         Computed in float64, each row for itself, with the classes outermost: sums over a few classes are then as fast
         as any.
         """
-        values = torch.stack(list(said)).movedim(-1, 0)  # (C, T, …)
-        values = values.to(torch.float64, memory_format=torch.contiguous_format)
         if self.options.choose == "entropy":
+            values = _stack(said)  # (C, T, …)
             logs = values.log_softmax(0)
             entropies = -(logs.exp() * logs).sum(0)  # (T, …)
             mixed = _pick(values, entropies.argmin(0))
@@ -58,11 +57,12 @@ class Mixing:
             if labels is None:
                 raise ValueError("choosing a teacher by the label needs labels")
             known = labels != NO_LABEL
+            values = _stack(said)
             wanted = labels.clamp(min=0)[None, None].expand(1, *values.shape[1:])
             on_label = values.log_softmax(0).gather(0, wanted)[0]  # (T, …)
-            mixed = torch.where(known, _pick(values, on_label.argmax(0)), self._mean(values))
+            mixed = torch.where(known, _pick(values, on_label.argmax(0)), self._mean(said))
         else:
-            mixed = self._mean(values)
+            mixed = self._mean(said)
         return mixed.movedim(0, -1).to(torch.float32, memory_format=torch.contiguous_format)
 
     def align(self, teacher: int, values: Tensor) -> Tensor:
@@ -70,20 +70,26 @@ class Mixing:
         order = self.orders[teacher]
         return values if order is None else values[..., list(order)]
 
-    def _mean(self, values: Tensor) -> Tensor:
-        """(C, …) of the (C, T, …) `values`."""
+    def _mean(self, said: Sequence[Tensor]) -> Tensor:
+        """(C, …) of the teachers' (…, C) each."""
+        values = _stack(said)
         if self.options.mean == "median":
             ordered, middle = values.sort(1).values, values.shape[1] // 2
             return (ordered[:, (values.shape[1] - 1) // 2] + ordered[:, middle]) / 2
         weights = torch.tensor(self.weights, dtype=torch.float64).view(-1, *[1] * (values.ndim - 2))  # (T, …)
         if self.options.mean == "logits":
             return (weights * values).sum(1)
-        grown = (values - values.amax(0)).exp_()
-        shares = (grown * (weights / grown.sum(0))).sum(1)  # (C, …): half the time of the sum of logarithms
-        faint = shares < _FAINTEST
-        if not faint.any():
+        values.sub_(values.amax(0)).exp_()  # in place: fresh memory for each step takes as long as the steps
+        shares = values.mul_(weights / values.sum(0)).sum(1)  # (C, …): half the time of the sum of logarithms
+        if shares.numel() and shares.min() >= _FAINTEST:
             return shares.log_()
-        return torch.where(faint, (values.log_softmax(0) + weights.log()).logsumexp(1), shares.log())
+        exact = (_stack(said).log_softmax(0) + weights.log()).logsumexp(1)
+        return torch.where(shares < _FAINTEST, exact, shares.log())
+
+
+def _stack(said: Sequence[Tensor]) -> Tensor:
+    """(C, T, …) float64, the classes outermost, of the teachers' (…, C) each."""
+    return torch.stack(list(said)).movedim(-1, 0).to(torch.float64, memory_format=torch.contiguous_format)
 
 
 def _pick(values: Tensor, teacher: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from softlabels.cache.writer import SCALE, examples_schema, field_schema, labels
 from softlabels.errors import CacheError
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, UNMASKED, VECTOR_LABELS
 
-_FEW = 1 << 20  # bytes that are read and not mapped
+_FEW = 1 << 24  # bytes that are read and not mapped
 
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
@@ -41,8 +41,8 @@ def load_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.B
     with _open_sized(folder, manifest, field, shard) as (handle, size):
         if size > _FEW:
             return map_file(handle, size)
-        data = os.read(handle, size)
-        _compare_size(folder, field, shard, len(data), size)  # it may have shrunk in between
+        data = np.empty(size, np.uint8)
+        _compare_size(folder, field, shard, os.readv(handle, [memoryview(data)]), size)  # it may have shrunk in between
         return pa.py_buffer(data)
 
 
