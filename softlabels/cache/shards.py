@@ -42,7 +42,7 @@ def load_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.B
         if size > _FEW:
             return map_file(handle, size)
         data = np.empty(size, np.uint8)
-        _compare_size(folder, field, shard, os.readv(handle, [memoryview(data)]), size)  # it may have shrunk in between
+        _compare_size(folder, field, shard, os.readv(handle, [data.data]), size)  # it may have shrunk in between
         return pa.py_buffer(data)
 
 
