@@ -33,7 +33,7 @@ from softlabels.cache.grouped import ShardGroup, row_file
 from softlabels.cache.inside import open_inside
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_files
-from softlabels.cache.shards import list_lengths, load_shard, read_shard
+from softlabels.cache.shards import expect_shard, list_lengths, load_shard, read_shard
 from softlabels.cache.writer import FieldShard, metadata
 from softlabels.config import CombineOptions, package_versions
 from softlabels.errors import CacheError
@@ -41,6 +41,7 @@ from softlabels.progress import progress
 
 _THREADS = 2  # groups of shards at a time: while one waits for the disk to sync, another is mixed
 _TOGETHER = 32  # shards a group, where they are small
+_AHEAD = 2  # shards that the disk is asked for before their turn
 _SMALL = 1 << 24  # bytes of a field's shard that is small
 _AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
@@ -252,6 +253,7 @@ class _Writer:
     def write(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         size = self.build.manifest.dump.shard_rows
         rows = np.arange(shard * size, min((shard + 1) * size, self.plan.join.rows))
+        self._expect(shard + _AHEAD, examples=EXAMPLES in missing)
         if self.whole:
             join = self.first.manifest.join[32 * shard : 32 * shard + 32]
             tables = self._copy_examples(shard, join, group if EXAMPLES in missing else None)
@@ -280,6 +282,13 @@ class _Writer:
     def _straight(self, number: int) -> bool:
         """Whether a cache has the shards of the result."""
         return self.whole and (number == 0 or self.plan.join.matched[number - 1].aligned)
+
+    def _expect(self, shard: int, *, examples: bool) -> None:
+        if self.whole and examples:
+            expect_shard(self.first.path, self.first.manifest, EXAMPLES, shard)
+        for number, cache in enumerate(self.plan.caches):
+            if self._straight(number):
+                expect_shard(cache.path, cache.manifest, LOGITS, shard)
 
     def _copy_examples(self, shard: int, join: str, group: ShardGroup | None) -> list[pa.Table]:
         """A shard of the first cache as it is, into `group` where one is given; read where it is asked for anything.

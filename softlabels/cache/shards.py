@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,16 @@ def load_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.B
         data = np.empty(size, np.uint8)
         _compare_size(folder, field, shard, os.readv(handle, [data.data]), size)  # it may have shrunk in between
         return pa.py_buffer(data)
+
+
+def expect_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> None:
+    """Have the system read a shard ahead that `load_shard` is to read; what is wrong with it is told there."""
+    if shard >= len(manifest.shard_rows) or manifest.shards[field].size(shard) > _FEW:
+        return
+    with suppress(FileNotFoundError, CacheError):
+        handle = open_inside(folder, field, shard_name(shard))
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        os.close(handle)
 
 
 @contextmanager
