@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from softlabels.cache.arrow import numbers, read_table
+from softlabels.cache.arrow import read_numbers, read_table
 from softlabels.cache.files import hash_file, map_file, publish, temporary, write_file
 from softlabels.config import explain, fingerprint
 from softlabels.errors import CacheError, StudentError
@@ -191,14 +191,14 @@ def _read_rows(path: Path, card: KeptEvaluation) -> KeptRows:
         return _schema(classes, texts="text" in found.names, teacher=card.teacher is not None)
 
     table = read_table(map_file(path, path.stat().st_size), wanted, where=path)
-    labels = numbers(table["label"])
+    labels = read_numbers(table["label"])
     if table.num_rows != card.corpus_rows or ((labels != NO_LABEL) & ((labels < 0) | (labels >= classes))).any():
         raise StudentError(f"{path} is damaged: its rows are not those of {path.stem}.json. Evaluate the run again")
     return KeptRows(
         ids=table["id"].to_pylist(),
         texts=table["text"].to_pylist() if "text" in table.column_names else None,
         labels=labels,
-        lengths=numbers(table["length"]),
+        lengths=read_numbers(table["length"]),
         student=_logits(table["student"], classes),
         teacher=_logits(table["teacher"], classes) if card.teacher is not None else None,
     )
@@ -206,4 +206,4 @@ def _read_rows(path: Path, card: KeptEvaluation) -> KeptRows:
 
 def _logits(column: pa.ChunkedArray, classes: int) -> np.ndarray:
     """(N, C) float32."""
-    return np.concatenate([numbers(chunk.flatten()) for chunk in column.chunks]).reshape(-1, classes)
+    return read_numbers(column).reshape(-1, classes)

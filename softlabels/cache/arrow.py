@@ -49,18 +49,25 @@ def read_table(data: pa.Buffer, wanted: Callable[[pa.Schema], pa.Schema], *, whe
     return table
 
 
-def numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """(N,) the numbers of a column that has no nulls, read-only over its memory; a copy where it has several chunks.
+def read_numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """(N,) the numbers of a column, over its memory and not to be written; a copy where it has several chunks.
 
-    What pyarrow's own `to_numpy` gives, but for half a second: that imports pandas, whatever it is asked for.
+    Of a column of lists those of all lists, one after the other. ValueError where it has nulls. It is what pyarrow's
+    own `to_numpy` gives, but for half a second: that imports pandas, whatever it is asked for.
     """
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    kind = np.dtype(column.type.to_pandas_dtype())
-    parts = [_numbers_of(chunk, kind) for chunk in chunks]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, kind), *parts])
+    chunks, kind = column.chunks if isinstance(column, pa.ChunkedArray) else [column], column.type
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        chunks, kind = [chunk.flatten() for chunk in chunks], kind.value_type
+    kind = np.dtype(kind.to_pandas_dtype())
+    parts = [_view_numbers(chunk, kind) for chunk in chunks]
+    found = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, kind), *parts])
+    found.flags.writeable = False
+    return found
 
 
-def _numbers_of(chunk: pa.Array, kind: np.dtype) -> np.ndarray:
+def _view_numbers(chunk: pa.Array, kind: np.dtype) -> np.ndarray:
+    if chunk.null_count:
+        raise ValueError("a column with nulls is not all numbers")
     memory = chunk.buffers()[1]
     if memory is None or not len(chunk):
         return np.empty(0, kind)

@@ -23,26 +23,26 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.codec import DTYPES, decode
 from softlabels.cache.combined import LOGITS, CacheShare, Combination, open_several, plan_combination
 from softlabels.cache.files import hash_handle
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_receipt, shard_file
-from softlabels.cache.grouped import ShardGroup, row_file
+from softlabels.cache.grouped import ShardGroup
 from softlabels.cache.inside import open_inside
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_files
-from softlabels.cache.shards import expect_shard, list_lengths, load_shard, read_shard
-from softlabels.cache.writer import FieldShard, metadata
+from softlabels.cache.shards import SMALL, expect_shard, list_lengths, load_shard, read_shard
+from softlabels.cache.writer import FieldShard, encode_batches, encode_rows, metadata
 from softlabels.config import CombineOptions, package_versions
 from softlabels.errors import CacheError
 from softlabels.progress import progress
 
-_THREADS = 2  # groups of shards at a time: while one waits for the disk to sync, another is mixed
-_TOGETHER = 32  # shards a group, where they are small
+_THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
+_GROUPS = 2  # the same, of groups of small shards: with more threads each waits for the others' Python
+_FILES, _BYTES = 64, 1 << 25  # of a group at most: they are open until it ends, and what a Ctrl-C waits for
 _AHEAD = 2  # shards that the disk is asked for before their turn
-_SMALL = 1 << 24  # bytes of a field's shard that is small
 _AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
 
@@ -79,7 +79,7 @@ def combine(caches: Sequence[str | Path], *, out: Path, options: CombineOptions 
     ]
     with derive_cache(Path(out), manifest, source=opened[0].path, files=files) as build:
         writer = _Writer(plan, build)
-        new_rows = write_shards(build, writer.write, together=_TOGETHER if writer.small else 1)
+        new_rows = write_shards(build, writer.write, together=writer.together)
         final = build.finish()
     return CombineReport(
         cache=Path(out),
@@ -117,11 +117,13 @@ def write_shards(
 ) -> int:
     """Call `write(shard, missing fields, group)` for each shard that misses some; the rows that they have.
 
-    Some at a time; what is put into the group is committed with `together` - 1 other shards.
+    Some at a time; what is put into the group is committed with that of up to `together` shards, which one thread
+    writes. What else `write` writes it commits itself.
     """
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = build.all_missing(build.shards())
-    shards = list(missing)
+    shards, threads = list(missing), _THREADS if together == 1 else _GROUPS
+    together = min(together, max(1, -(-len(shards) // threads)))
     groups = [shards[at : at + together] for at in range(0, len(shards), together)]
 
     def write_group(group: Sequence[int]) -> int:
@@ -133,7 +135,7 @@ def write_shards(
     new = sum(min(size, total - shard * size) for shard in shards)
     with (
         progress(total, description=description, done=total - new) as update,
-        ThreadPoolExecutor(_THREADS, thread_name_prefix="softlabels-combine") as pool,
+        ThreadPoolExecutor(threads, thread_name_prefix="softlabels-combine") as pool,
     ):
         for rows in pool.map(write_group, groups):
             update(rows)
@@ -165,14 +167,11 @@ def write_tables(group: ShardGroup, tables: Sequence[pa.Table], shard: int, *, j
     """Write a shard of `examples` whose rows are those of `tables`, one after the other."""
     whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).combine_chunks()
     whole = whole.replace_schema_metadata(metadata(EXAMPLES, shard))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, whole.schema) as writer:
-        for batch in whole.to_batches():
-            writer.write_batch(batch)
+    data = encode_batches(whole.to_batches(), whole.schema)
     group.put(
         EXAMPLES,
         shard,
-        sink.getvalue(),
+        data,
         rows=whole.num_rows,
         tokens=count_tokens(whole),
         join=join,
@@ -190,7 +189,7 @@ def join_of(tables: Sequence[pa.Table]) -> str:
     hasher = xxhash.xxh3_128()
     for table in tables:
         for batch in table.select(["id", "token_hash"]).to_batches():
-            hashes = numbers(batch.column("token_hash"))
+            hashes = read_numbers(batch.column("token_hash"))
             wide = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), len(hashes), [None, pa.py_buffer(hashes)])
             names = batch.column("id").cast(pa.large_binary())
             rows = pc.binary_join_element_wise(names, wide.cast(pa.large_binary()), pa.scalar(b"\0", pa.large_binary()))
@@ -243,17 +242,16 @@ class _Writer:
         gathered = [cache for number, cache in enumerate(plan.caches) if anything and not self._straight(number)]
         for cache in gathered:
             _check_hashes(cache, LOGITS)
-
-    @property
-    def small(self) -> bool:
-        """Whether a shard of logits has few bytes."""
-        spec = self.plan.spec
-        return spec.kind == "row" and 4 * spec.width * self.build.manifest.dump.shard_rows <= _SMALL
+        size = 4 * plan.spec.width * build.manifest.dump.shard_rows
+        self.small = plan.spec.kind == "row" and size <= SMALL  # whether a shard of logits has few bytes
+        fields = 1 + len(build.manifest.fields)
+        self.together = max(1, min(_FILES // fields, _BYTES // (size * fields))) if self.small else 1
 
     def write(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
         size = self.build.manifest.dump.shard_rows
         rows = np.arange(shard * size, min((shard + 1) * size, self.plan.join.rows))
-        self._expect(shard + _AHEAD, examples=EXAMPLES in missing)
+        if (coming := shard + _AHEAD) in self.build.shards():
+            self._expect(coming, examples=EXAMPLES in missing)
         if self.whole:
             join = self.first.manifest.join[32 * shard : 32 * shard + 32]
             tables = self._copy_examples(shard, join, group if EXAMPLES in missing else None)
@@ -271,7 +269,7 @@ class _Writer:
             values = self._mixed(said, tables) if field == LOGITS else said[int(field[7:]) - 1]
             if self.small:
                 tokens = self.first.manifest.shard_tokens[shard] if self.whole else sum(map(count_tokens, tables))
-                data = row_file(field, self.plan.spec, shard, values.numpy())
+                data = encode_rows(field, self.plan.spec, shard, values.numpy())
                 group.put(field, shard, data, rows=len(rows), tokens=tokens, join=join)
                 continue
             lengths = np.concatenate([list_lengths(table, "input_ids") for table in tables])
@@ -291,17 +289,23 @@ class _Writer:
                 expect_shard(cache.path, cache.manifest, LOGITS, shard)
 
     def _copy_examples(self, shard: int, join: str, group: ShardGroup | None) -> list[pa.Table]:
-        """A shard of the first cache as it is, into `group` where one is given; read where it is asked for anything.
-
-        Its bytes are those that were written, and who opens the result checks what they say, as of any cache.
-        """
-        manifest, data = self.first.manifest, load_whole(self.first, EXAMPLES, shard)
-        if group is not None:
-            rows, tokens = manifest.shard_rows[shard], manifest.shard_tokens[shard]
-            group.put(EXAMPLES, shard, data, rows=rows, tokens=tokens, join=join, truncated=self.cut[shard])
-        if self.small and not self.by_label:
+        """A shard of the first cache as it is, into `group` where one is given; none where nothing is asked of it."""
+        if group is None and self.small and not self.by_label:
             return []
-        return [read_shard(data, self.first.path, manifest, EXAMPLES, shard)]
+        manifest, data = self.first.manifest, load_whole(self.first, EXAMPLES, shard)
+        table = read_shard(data, self.first.path, manifest, EXAMPLES, shard)
+        if group is not None:
+            group.put(
+                EXAMPLES,
+                shard,
+                data,
+                rows=len(table),
+                tokens=manifest.shard_tokens[shard],
+                join=join,
+                truncated=self.cut[shard],
+                checksum=manifest.shards[EXAMPLES].hash(shard),
+            )
+        return [table]
 
     def _gather_examples(self, rows: np.ndarray) -> list[pa.Table]:
         own, size = self.plan.join.rows_of(0, rows), self.first.manifest.dump.shard_rows
@@ -319,9 +323,9 @@ class _Writer:
     def _labels(self, tables: Sequence[pa.Table]) -> torch.Tensor:
         """(V,) the class of every row, or of every token where teachers speak of tokens."""
         if self.plan.spec.kind == "row":
-            parts = [numbers(table.column("label")) for table in tables]
+            parts = [read_numbers(table.column("label")) for table in tables]
         else:
-            parts = [flat(chunk) for table in tables for chunk in table.column("labels").chunks]
+            parts = [read_numbers(table.column("labels")) for table in tables]
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     def _said(self, number: int, shard: int, rows: np.ndarray, pattern: _Pattern) -> torch.Tensor:
@@ -336,7 +340,8 @@ class _Writer:
                 if values.ndim == 3:
                     lengths = cache.lengths[plan.join.rows_of(number, rows)]
                     values = values[torch.arange(values.shape[1]) < torch.from_numpy(lengths)[:, None]]
-        if not all(math.isfinite(extreme) for extreme in values.aminmax()):  # what is no number makes both so
+        # what is no number makes both extremes so
+        if values.numel() and not all(math.isfinite(extreme) for extreme in values.aminmax()):
             raise CacheError(f"cache {cache.path} has NaN or infinite logits: its teacher is broken. Leave it out")
         return values.contiguous()
 
@@ -372,8 +377,8 @@ class _Pattern:
                 stored = np.frombuffer(view[len(before) : stop], DTYPES[spec.type])
                 return stored if stored.flags.writeable else stored.copy()  # torch takes nothing that can't be written
         chunks = read_shard(data, cache.path, cache.manifest, LOGITS, shard).column(0).chunks
-        parts = [flat(chunk) for chunk in chunks]
-        if len(parts) == 1 and self.around is None:
+        parts = [read_numbers(chunk) for chunk in chunks]
+        if len(parts) == 1 and parts[0].size and self.around is None:
             start = parts[0].__array_interface__["data"][0] - data.address
             view = memoryview(data).cast("B")
             self.around, self.spec = (bytes(view[:start]), bytes(view[start + parts[0].nbytes :])), spec
@@ -389,8 +394,3 @@ def _check_hashes(cache: Cache, field: str) -> None:
                 raise damaged(cache, field, shard)
         finally:
             os.close(handle)
-
-
-def flat(chunk: pa.Array) -> np.ndarray:
-    """The values of a list column, those before and behind it left out."""
-    return numbers(chunk.flatten())

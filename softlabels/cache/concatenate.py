@@ -1,8 +1,8 @@
 """Caches of parts of one corpus come in, one cache of all their rows goes out: part after part, every field.
 
 The parts are what one teacher said, dumped with the same settings, of rows with different ids. The result has the same
-`join` and values as one dump of the parts' rows would have; the teacher isn't needed. Values go from the mapped files
-straight to their places in the new ones.
+`join` and values as one dump of the parts' rows would have; the teacher isn't needed. Values go from the files'
+bytes straight to their places in the new ones.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.build import CacheBuild, derive_cache
 from softlabels.cache.combine import (
     CombineReport,
     counted,
     field_shard,
-    flat,
     join_of,
     new_manifest,
     open_whole,
@@ -288,8 +286,8 @@ class PieceWriter:
         if spec.type == "int8":
             writer.channels = read_channels(table.schema, spec.width, where=where)
         for batch in table.slice(piece.start, piece.stop - piece.start).to_batches():
-            scales = _numbers(batch.column(SCALE)) if spec.type == "int8" else None
-            writer.put_run(first, flat(batch.column(field)), scales=scales, rows=len(batch))
+            scales = read_numbers(batch.column(SCALE)) if spec.type == "int8" else None
+            writer.put_run(first, read_numbers(batch.column(field)), scales=scales, rows=len(batch))
             first += len(batch)
 
     def _count(self, field: str, pieces: Sequence[Piece]) -> int:
@@ -307,10 +305,6 @@ def _rows(values: Sequence[np.ndarray | None], pieces: Sequence[Piece]):
     """What is known of the rows of each piece's shard, of the pieces alone; None where nothing is."""
     parts = [part[piece.start : piece.stop] for part, piece in zip(values, pieces, strict=True) if part is not None]
     return np.concatenate(parts) if parts else None
-
-
-def _numbers(column: pa.Array) -> np.ndarray:
-    return flat(column) if pa.types.is_list(column.type) else numbers(column)
 
 
 def _known_join(pieces: Sequence[Piece]) -> str | None:

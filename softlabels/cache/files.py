@@ -52,10 +52,11 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 
 class FileGroup:
-    """Files that get their names together, at the end of a `with` block: whole, or, where it fails, not at all.
+    """Files that get their names together, at the end of a `with` block. Each is whole then, or not there.
 
-    A folder is synced once for all that came into it, and the files' own syncs find them on their way to the disk:
-    a third of the time of one after the other, where they are small. Each is open until then.
+    Where the block fails none is there; where giving names does, some may be. A folder is synced once for all that came
+    into it, and the files' own syncs find them on their way to the disk: a third of the time of one after the other,
+    where they are small. Each is open until then, so a group is of tens of files.
     """
 
     def __init__(self) -> None:
@@ -63,16 +64,18 @@ class FileGroup:
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Write `data` to what will be `path`."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        if path in self._open:
+            raise ValueError(f"{path} is written already")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(temporary(path), flags, 0o666)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(temporary(path), flags, 0o666)
-        self._open[path] = handle
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(handle, view) :]
+            handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+            self._open[path] = handle
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(handle, view) :]
+        except BaseException:
+            self._forget(path)
+            raise
 
     def publish(self) -> None:
         """Sync what was written and give it its names."""
@@ -91,7 +94,11 @@ class FileGroup:
     def discard(self) -> None:
         """Remove what has no name yet."""
         for path in list(self._open):
-            temporary(path).unlink(missing_ok=True)
+            self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        temporary(path).unlink(missing_ok=True)
+        if path in self._open:
             self._close(path)
 
     def _close(self, path: Path) -> None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
 from softlabels.cache.files import FileGroup
-from softlabels.cache.format import FieldSpec, Receipt, receipt_file, shard_file, to_json
-from softlabels.cache.writer import field_schema
+from softlabels.cache.format import Receipt, receipt_file, shard_file, to_json
 
 
 class ShardGroup:
     """Shards of a cache at `folder` that are committed at the end of a `with` block, first the files, then receipts.
 
-    Where the block fails none of them is there: they are made anew, as any shard without a receipt.
+    Where the block fails none of them has a receipt: they are made anew, as any shard without one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,8 +37,12 @@ class ShardGroup:
         tokens: int,
         join: str,
         truncated: int = 0,
-    ) -> None:
-        """Write the bytes of a shard, of `rows` rows with so many `tokens`; `join` ties it to its examples."""
+        checksum: str | None = None,
+    ) -> Receipt:
+        """Write the bytes of a shard, of `rows` rows with so many `tokens`; `join` ties it to its examples.
+
+        `checksum` is their xxh3-128, where it is known.
+        """
         path = receipt_file(self.folder, field, shard)
         path.unlink(missing_ok=True)  # says nothing about the file that comes
         view = memoryview(data)
@@ -49,10 +51,11 @@ class ShardGroup:
             rows=rows,
             tokens=tokens,
             bytes=len(view),
-            xxh3_128=xxhash.xxh3_128(view).hexdigest(),
+            xxh3_128=checksum or xxhash.xxh3_128(view).hexdigest(),
             join=join,
             truncated=truncated,
         )
+        return self._receipts[path]
 
     def __enter__(self) -> Self:
         return self
@@ -66,18 +69,3 @@ class ShardGroup:
         with FileGroup() as group:
             for path, receipt in self._receipts.items():
                 group.write(path, to_json(receipt))
-
-
-def row_file(field: str, spec: FieldSpec, shard: int, values: np.ndarray) -> pa.Buffer:
-    """The bytes of a shard of a `row` field from its (rows, width) `values`, in the field's type.
-
-    To the last byte what `FieldShard` writes, in memory: for shards of few values.
-    """
-    schema = field_schema(field, spec, shard)
-    column = schema.field(0).type
-    flat = pa.Array.from_buffers(column.value_type, values.size, [None, pa.py_buffer(np.ascontiguousarray(values))])
-    rows = pa.Array.from_buffers(column, len(values), [None], children=[flat])
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([rows], schema=schema))
-    return sink.getvalue()

@@ -23,8 +23,8 @@ def open_inside(folder: Path, *names: str) -> int:
     FileNotFoundError where it isn't there; CacheError where something else is in its place: a link may point at
     any file of this machine, and a pipe or a device would be waited for or read without an end.
     """
-    parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     path = "/".join((str(folder), *names))  # a Path would take as long as to open the file
+    parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in names[:-1]:
             above, parent = parent, _open_at(parent, name, os.O_DIRECTORY, path)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, shard_file
 from softlabels.cache.writer import SCALE, read_channels
@@ -65,7 +65,7 @@ def _decoded(cache: Cache, field: str, shard: int) -> pa.ChunkedArray:
         channels = read_channels(table.schema, spec.width, where=shard_file(cache.path, field, shard))[None]
         parts = []
         for part, scale in zip(column.chunks, table.column(SCALE).chunks, strict=True):
-            scales = numbers(scale if spec.kind == "row" else scale.values).copy()
+            scales = read_numbers(scale if spec.kind == "row" else scale.values).copy()
             parts.append(_like(part, decode(_vectors(part, spec), spec, scales=scales, channels=channels)))
         return pa.chunked_array(parts)
     return _plain(column)
@@ -73,7 +73,7 @@ def _decoded(cache: Cache, field: str, shard: int) -> pa.ChunkedArray:
 
 def _vectors(part: pa.Array, spec: FieldSpec) -> np.ndarray:
     """(vectors, width): the stored elements of a list column."""
-    return numbers(part.values).reshape(-1, spec.width).copy()
+    return read_numbers(part.values).reshape(-1, spec.width).copy()
 
 
 def _like(part: pa.Array, values: Tensor) -> pa.Array:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.format import EXAMPLES, Manifest
 from softlabels.cache.reader import Cache
 from softlabels.cache.shards import open_shard
@@ -176,7 +176,7 @@ def _contents(cache: Cache, by: str) -> np.ndarray:
         return np.zeros(cache.rows, np.uint64)
     if by == BY_TEXT:
         return _hashes(cache, ["text", "text_b"])
-    return np.concatenate([numbers(table.column("token_hash")) for table in _examples(cache)])
+    return np.concatenate([read_numbers(table.column("token_hash")) for table in _examples(cache)])
 
 
 def _hashes(cache: Cache, columns: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.format import Manifest, TeacherCard
 from softlabels.cache.shards import count_targets, list_lengths
 from softlabels.tokens import TARGET_FOLLOWS
@@ -34,7 +34,7 @@ class Members:
         self._hashes[shard] = np.fromiter(map(xxhash.xxh3_64_intdigest, names), np.uint64, len(names))
         if int(tokens.sum()) != self.manifest.shard_tokens[shard]:
             return f"it has {int(tokens.sum())} tokens and not the {self.manifest.shard_tokens[shard]} of the manifest"
-        stored = numbers(table.column("token_hash"))
+        stored = read_numbers(table.column("token_hash"))
         images = self.manifest.teacher.task == IMAGES  # whose pixels are not here to hash again
         hashes = stored if images else token_hashes(table, self.manifest.teacher)
         wrong = np.flatnonzero(hashes != stored)
@@ -68,8 +68,8 @@ class Members:
 def labelled_rows(table: pa.Table, task: Task) -> np.ndarray:
     """(rows,) bool: which rows of a whole shard have a label of their own, or numbers for labels."""
     if task not in VECTOR_LABELS:
-        return numbers(table.column("label")) != NO_LABEL
-    parts = [numbers(chunk.values).reshape(len(chunk), -1) for chunk in table.column("labels").chunks]
+        return read_numbers(table.column("label")) != NO_LABEL
+    parts = [read_numbers(chunk.values).reshape(len(chunk), -1) for chunk in table.column("labels").chunks]
     return np.concatenate([~np.isnan(part).any(axis=1) for part in parts])
 
 
@@ -98,5 +98,5 @@ def _values(table: pa.Table, column: str) -> np.ndarray:
     parts = []
     for chunk in table.column(column).chunks:
         offsets = np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1)
-        parts.append(numbers(chunk.values)[offsets[0] : offsets[-1]])
+        parts.append(read_numbers(chunk.values)[offsets[0] : offsets[-1]])
     return np.concatenate(parts)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from softlabels.cache.arrow import numbers
+from softlabels.cache.arrow import read_numbers
 from softlabels.cache.batches import LABELS, BatchReader, CacheBatch
 from softlabels.cache.codec import decode
 from softlabels.cache.format import EXAMPLES, FieldSpec, Manifest, read_manifest, read_settings, shard_file
@@ -186,7 +186,7 @@ class Cache:
             table = self._shard(field, shard)
             stored = np.concatenate([_flat(chunk).reshape(-1, spec.width) for chunk in table.column(0).chunks])
             if spec.type == "int8":
-                scales, channels = numbers(table.column(SCALE)).copy(), self.channels_of(field, shard)
+                scales, channels = read_numbers(table.column(SCALE)).copy(), self.channels_of(field, shard)
                 parts.append(decode(stored, spec, scales=scales, channels=channels[None]).numpy())
             else:
                 parts.append(decode(stored, spec).numpy() if spec.type == "bfloat16" else stored)
@@ -424,13 +424,13 @@ class Cache:
             width = chunks[0].type.list_size if listed else 1
             bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)])
             starts = [np.arange(len(chunk) + 1) * width for chunk in chunks]
-            values = [_flat(chunk) if listed else numbers(chunk) for chunk in chunks]
+            values = [_flat(chunk) if listed else read_numbers(chunk) for chunk in chunks]
             self._lists[key] = _Lists(values, starts, bounds)
         return self._lists[key]
 
     def _flat_column(self, column: str) -> np.ndarray:
         shards = self._all_shards(EXAMPLES)
-        return np.concatenate([numbers(self._shard(EXAMPLES, shard).column(column)) for shard in shards])
+        return np.concatenate([read_numbers(self._shard(EXAMPLES, shard).column(column)) for shard in shards])
 
     def _strings(self, column: str) -> list[str]:
         return [
@@ -442,7 +442,7 @@ class Cache:
 
 def _flat(chunk: pa.Array) -> np.ndarray:
     """The values of a list column as one array over the mapped memory."""
-    return numbers(chunk.values)
+    return read_numbers(chunk.values)
 
 
 def capture_of(field: str, spec: FieldSpec | None = None) -> str:

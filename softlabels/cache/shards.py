@@ -1,6 +1,6 @@
 """One shard of one field: its file found, mapped and checked against what the manifest says. Nothing is trusted.
 
-What comes in is a place in a cache, what goes out is a table over the mapped file whose offsets all lie inside it. The
+What comes in is a place in a cache, what goes out is a table over the file's bytes whose offsets all lie inside it. The
 reader and `verify` both open shards here.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from softlabels.cache.arrow import numbers, read_table
+from softlabels.cache.arrow import read_numbers, read_table
 from softlabels.cache.files import map_file
 from softlabels.cache.format import EXAMPLES, MANIFEST, FieldSpec, Manifest, shard_file, shard_name
 from softlabels.cache.inside import open_inside
@@ -22,7 +22,7 @@ from softlabels.cache.writer import SCALE, examples_schema, field_schema, labels
 from softlabels.errors import CacheError
 from softlabels.types import LANGUAGE_MODELS, NO_LABEL, SEQ2SEQ, TOKEN_LABELS, UNMASKED, VECTOR_LABELS
 
-_FEW = 1 << 24  # bytes that are read and not mapped
+SMALL = 1 << 24  # bytes of a shard that who goes through it once reads, and does not map
 
 
 def open_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
@@ -39,21 +39,25 @@ def map_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Bu
 def load_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Buffer:
     """The same for who goes through a shard once: of few bytes, which are read in a third of the time of mapping."""
     with _open_sized(folder, manifest, field, shard) as (handle, size):
-        if size > _FEW:
+        if size > SMALL:
             return map_file(handle, size)
-        data = np.empty(size, np.uint8)
-        _compare_size(folder, field, shard, os.readv(handle, [data.data]), size)  # it may have shrunk in between
+        data, done = np.empty(size, np.uint8), 0
+        while count := os.readv(handle, [data.data[done:]]):
+            done += count
+        _compare_size(folder, field, shard, done, size)  # it may have shrunk in between
         return pa.py_buffer(data)
 
 
 def expect_shard(folder: Path, manifest: Manifest, field: str, shard: int) -> None:
     """Have the system read a shard ahead that `load_shard` is to read; what is wrong with it is told there."""
-    if shard >= len(manifest.shard_rows) or manifest.shards[field].size(shard) > _FEW:
+    if manifest.shards[field].size(shard) > SMALL:
         return
-    with suppress(FileNotFoundError, CacheError):
+    with suppress(OSError, CacheError):
         handle = open_inside(folder, field, shard_name(shard))
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-        os.close(handle)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def _open_sized(folder: Path, manifest: Manifest, field: str, shard: int) -> Ite
 
 
 def read_shard(data: pa.Buffer, folder: Path, manifest: Manifest, field: str, shard: int) -> pa.Table:
-    """The checked table in the mapped bytes of a shard."""
+    """The checked table in the bytes of a shard."""
     path = shard_file(folder, field, shard)
     table = read_table(data, lambda found: wanted_schema(manifest, field, shard, found, where=path), where=path)
     if table.num_rows != manifest.shard_rows[shard]:
@@ -122,10 +126,10 @@ def wanted_schema(manifest: Manifest, field: str, shard: int, found: pa.Schema, 
 def _check_examples(table: pa.Table, manifest: Manifest, path: Path) -> None:
     """Token ids and labels stay in their tables: a student indexes its embedding with them."""
     card = manifest.teacher
-    labels = numbers(table.column("label"))
+    labels = read_numbers(table.column("label"))
     real = labels[labels != NO_LABEL]
     for chunk in table.column("input_ids").chunks:
-        ids = numbers(chunk.values)
+        ids = read_numbers(chunk.values)
         if len(ids) and (ids.min() < 0 or ids.max() >= card.vocab_size):
             raise CacheError(f"{path} has token ids beyond the vocabulary of {card.vocab_size}: it is damaged")
     if len(real) and (real.min() < 0 or real.max() >= len(card.label_names)):
@@ -136,7 +140,7 @@ def _check_examples(table: pa.Table, manifest: Manifest, path: Path) -> None:
         _check_token_labels(table, manifest, path)
     elif card.task in VECTOR_LABELS:
         for chunk in table.column("labels").chunks:
-            if np.isinf(numbers(chunk.values)).any():
+            if np.isinf(read_numbers(chunk.values)).any():
                 raise CacheError(f"{path} has infinite labels: it is damaged")
 
 
@@ -144,7 +148,7 @@ def _check_token_labels(table: pa.Table, manifest: Manifest, path: Path) -> None
     card = manifest.teacher
     most = card.vocab_size if card.task in LANGUAGE_MODELS else len(card.label_names)
     if card.task == SEQ2SEQ:
-        starts, counts = numbers(table.column("decoder_start")), list_lengths(table, "labels")
+        starts, counts = read_numbers(table.column("decoder_start")), list_lengths(table, "labels")
         if ((starts < 0) | (starts >= most)).any() or not np.array_equal(counts, count_targets(table)):
             raise CacheError(f"{path} has target texts with tokens that are none below {most}: it is damaged")
         if not counts.all():
@@ -154,7 +158,7 @@ def _check_token_labels(table: pa.Table, manifest: Manifest, path: Path) -> None
     masking = manifest.dump.masking
     none = [NO_LABEL, UNMASKED] if masking is not None and masking.targets == "all" else [NO_LABEL]
     for chunk in table.column("labels").chunks:
-        labels = numbers(chunk.values)
+        labels = read_numbers(chunk.values)
         if ((labels >= most) | ((labels < 0) & ~np.isin(labels, none))).any():
             told = " or ".join(map(str, none))
             raise CacheError(f"{path} has token labels that are neither {told} nor below {most}: it is damaged")
@@ -165,7 +169,7 @@ def count_targets(table: pa.Table) -> np.ndarray:
     counts = []
     for chunk in table.column("labels").chunks:
         offsets = np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1)
-        before = np.concatenate([[0], np.cumsum(numbers(chunk.values) != NO_LABEL)])
+        before = np.concatenate([[0], np.cumsum(read_numbers(chunk.values) != NO_LABEL)])
         counts.append(before[offsets[1:]] - before[offsets[:-1]])
     return np.concatenate(counts)
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from softlabels.cache.format import (
     shard_file,
     to_json,
 )
+from softlabels.cache.grouped import ShardGroup
 from softlabels.errors import CacheError
 from softlabels.tokens import token_hash
 from softlabels.types import TOKEN_LABELS, VECTOR_LABELS, TokenizedExample
@@ -439,6 +440,31 @@ def _list_type(element: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("item", element, nullable=False))
 
 
+def encode_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Buffer:
+    """The bytes of a shard's file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def encode_rows(field: str, spec: FieldSpec, shard: int, values: np.ndarray) -> pa.Buffer:
+    """The bytes of a shard of a `row` field from its (rows, width) `values`, in the field's type, which is not int8.
+
+    To the last byte what `FieldShard` writes, in memory: for shards of few values.
+    """
+    if spec.kind != "row" or spec.type == "int8":
+        raise ValueError(f"'{field}' is a {spec.kind} field of {spec.type}: `FieldShard` writes it")
+    if values.dtype != DTYPES[spec.type] or values.shape[1:] != (spec.width,):
+        raise ValueError(f"'{field}' is {spec.width} of {spec.type} a row, not {values.shape[1:]} of {values.dtype}")
+    schema = field_schema(field, spec, shard)
+    column = schema.field(0).type
+    flat = pa.Array.from_buffers(column.value_type, values.size, [None, pa.py_buffer(np.ascontiguousarray(values))])
+    rows = pa.Array.from_buffers(column, len(values), [None], children=[flat])
+    return encode_batches([pa.record_batch([rows], schema=schema)], schema)
+
+
 def examples_batch(examples: Sequence[TokenizedExample], schema: pa.Schema) -> pa.RecordBatch:
     """The `examples` columns of one shard, those that `schema` asks for."""
     columns = []
@@ -503,20 +529,9 @@ def write_examples(
     schema = examples_schema(
         shard, vocab_size=vocab_size, token_types=token_types, text=text, labels=labels, targets=targets
     )
-    batch = examples_batch(examples, schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    data = sink.getvalue()
-    receipt_file(folder, EXAMPLES, shard).unlink(missing_ok=True)  # says nothing about the file that comes
-    write_file(shard_file(folder, EXAMPLES, shard), data)
-    receipt = Receipt(
-        rows=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-        bytes=len(data),
-        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
-        join=join_hash(examples),
-        truncated=truncated,
-    )
-    write_file(receipt_file(folder, EXAMPLES, shard), to_json(receipt))
-    return receipt
+    data = encode_batches([examples_batch(examples, schema)], schema)
+    tokens = sum(len(example.input_ids) for example in examples)
+    with ShardGroup(folder) as group:
+        return group.put(
+            EXAMPLES, shard, data, rows=len(examples), tokens=tokens, join=join_hash(examples), truncated=truncated
+        )

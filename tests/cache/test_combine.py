@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from softlabels.cache import combine as module
 from softlabels.cache import open_cache
 from softlabels.cache.combine import combine, counted, join_of
 from softlabels.cache.combined import open_combined
@@ -33,6 +36,7 @@ from softlabels.evaluate import evaluate
 from softlabels.imports import import_logits
 from softlabels.train import train_student
 from softlabels.types import NO_LABEL, Example
+from tests.cache.made import rows_of, write_cache
 from tests.models import LABEL_NAMES, TEXTS, save_teacher, tiny_tokenizer
 
 ROWS, SHARD_ROWS = 40, 16
@@ -411,21 +415,26 @@ def test_damaged_inputs_are_not_mixed(three: list[Path], tokenizers: list[str], 
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("overlap", ["all", "some"])
 def test_a_killed_combination_goes_on_to_the_same_bytes(
-    three: list[Path], tokenizers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: str
+    three: list[Path],
+    tokenizers: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overlap: str,
+    together: int,
 ) -> None:
     caches = list(three)
     if overlap == "some":
         caches[1] = make(tmp_path / "some", tokenizers[0], seed=1, examples=EXAMPLES[2:])
     options = CombineOptions(mean="probabilities", keep=True)
     combine(caches, out=tmp_path / "whole", options=options)
-    from softlabels.cache import combine as module
-
+    monkeypatch.setattr(module, "_FILES", together * 5)
     real = module._Writer.write
 
     def killed(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
-        if shard == 1:
+        if shard == 2:
             raise KeyboardInterrupt
         real(self, shard, missing, group)
 
@@ -434,9 +443,9 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             combine(caches, out=tmp_path / "broken", options=options)
     assert not read_manifest(tmp_path / "broken").complete
-    (tmp_path / "broken" / "logits" / "00000.json").unlink(missing_ok=True)  # as if killed between file and receipt
+    (tmp_path / "broken" / "logits" / "00000.json").unlink()  # as if killed between file and receipt
     report = combine(caches, out=tmp_path / "broken", options=options)
-    assert 0 < report.new_rows <= report.rows
+    assert report.new_rows == report.rows - SHARD_ROWS  # of the second shard alone everything was there
     contents = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path / "whole", tmp_path / "broken")
@@ -445,6 +454,69 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
     assert combine(caches, out=tmp_path / "broken", options=options).new_rows == 0
     with pytest.raises(CacheError, match=r"another configuration.*combined"):
         combine(caches, out=tmp_path / "broken", options=CombineOptions())
+
+
+def test_killed_between_names_and_receipts(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).parent.name == "logits" and Path(target).suffix == ".json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            combine(three, out=tmp_path / "broken")
+    assert list((tmp_path / "broken" / "logits").glob("*.arrow"))
+    assert not list((tmp_path / "broken" / "logits").glob("*.json"))
+    combine(three, out=tmp_path / "broken")
+    combine(three, out=tmp_path / "whole")
+    assert read_manifest(tmp_path / "broken") == read_manifest(tmp_path / "whole")
+    assert verify_cache(tmp_path / "broken").faults == []
+
+
+def test_what_is_open_at_once_is_bounded(three: list[Path], tokenizers: list[str], tmp_path: Path) -> None:
+    caches = [make(tmp_path / f"cache-{seed}", tokenizers[0], seed=seed, shard_rows=1) for seed in range(6)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2 * module._FILES + 20, hard))
+    try:
+        assert combine(caches, out=tmp_path / "out", options=CombineOptions(keep=True)).rows == ROWS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_shards_of_many_bytes_are_laid_out_on_the_disk(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CombineOptions(choose="label", keep=True)
+    combine(three, out=tmp_path / "small", options=options)
+    monkeypatch.setattr(module, "SMALL", 1)
+    monkeypatch.setattr("softlabels.cache.shards.SMALL", 1)
+    combine(three, out=tmp_path / "large", options=options)
+    assert read_manifest(tmp_path / "small") == read_manifest(tmp_path / "large")
+
+
+def test_a_shard_without_tokens(tmp_path: Path) -> None:
+    """Logits for every token, and the last text is empty."""
+    rows, fields = rows_of([3, 2, 0]), {"logits": {"kind": "token", "type": "float32", "width": 2}}
+    for seed in range(2):
+        said = [np.random.default_rng([seed, i]).normal(size=(len(row.input_ids), 2)) for i, row in enumerate(rows)]
+        values = {"logits": [part.astype(np.float32) for part in said]}
+        write_cache(tmp_path / str(seed), rows, fields, values, shard_rows=2)
+    combine([tmp_path / "0", tmp_path / "1"], out=tmp_path / "out")
+    assert open_cache(tmp_path / "out").batch([0, 1, 2], ["logits"]).teacher.logits.shape == (3, 3, 2)
+
+
+def test_examples_that_are_not_the_manifests_are_refused(three: list[Path], tmp_path: Path) -> None:
+    """Their hashes are right: whoever wrote them wrote them so."""
+    rows, fields = rows_of([3] * 5), {"logits": {"kind": "row", "type": "float32", "width": 2}}
+    rows[3].input_ids[1] = 100  # of a vocabulary of 100
+    for seed in range(2):
+        values = {"logits": [np.full(2, seed + i, np.float32) for i in range(5)]}
+        write_cache(tmp_path / str(seed), rows, fields, values, shard_rows=2)
+    with pytest.raises(CacheError, match="token ids beyond the vocabulary of 100"):
+        combine([tmp_path / "0", tmp_path / "1"], out=tmp_path / "out")
 
 
 def test_kept_logits_can_be_added_later(three: list[Path], tmp_path: Path) -> None:
