@@ -27,7 +27,7 @@ from tests.cache.fuzz import FIELDS, base, read_all, resize
 from tests.models import tiny_tokenizer
 from tests.processes import ROOT, environment
 
-CACHES = int(os.environ.get("SOFTLABELS_FUZZ", "500"))
+CACHES = int(os.environ.get("SOFTLABELS_FUZZ", "300"))
 WORKERS = 2
 
 

@@ -103,6 +103,7 @@ def test_when_one_ends_the_others_do_and_say_so(together: Path) -> None:
     assert "checkpoint of epoch 1 can't be written" in told[1] and "No space left on device" in told[1]
 
 
+@pytest.mark.slow
 def test_the_command_under_accelerate(place: Path, tmp_path: Path) -> None:
     train = ["train-student", place / "cache", "--student", "bilstm", "--loss", "kl=1", "--epochs", "1", "--cpu"]
     done = launch(
