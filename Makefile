@@ -30,7 +30,7 @@ test: .venv/.installed-dev ## install, then run the tests but for the slow ones 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios: an hour, 8 GB of disk
+bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios: an hour, 10 GB of disk; bench_quality and bench_beyond a day
 	@set -e; for bench in tests/bench/bench_*.py; do \
 		name=$$(basename $$bench .py); echo "== $$name"; $(VENV)/python -m tests.bench.$$name; \
 	done
