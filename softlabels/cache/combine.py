@@ -122,6 +122,8 @@ def write_shards(
     """
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = build.all_missing(build.shards())
+    rows = {shard: min(size, total - shard * size) for shard in missing}
+    new = sum(rows.values())
     shards, threads = list(missing), _THREADS if together == 1 else _GROUPS
     together = min(together, max(1, -(-len(shards) // threads)))
     groups = [shards[at : at + together] for at in range(0, len(shards), together)]
@@ -130,15 +132,14 @@ def write_shards(
         with ShardGroup(build.folder) as files:
             for shard in group:
                 write(shard, missing[shard], files)
-        return sum(min(size, total - shard * size) for shard in group)
+        return sum(rows[shard] for shard in group)
 
-    new = sum(min(size, total - shard * size) for shard in shards)
     with (
         progress(total, description=description, done=total - new) as update,
         ThreadPoolExecutor(threads, thread_name_prefix="softlabels-combine") as pool,
     ):
-        for rows in pool.map(write_group, groups):
-            update(rows)
+        for count in pool.map(write_group, groups):
+            update(count)
     return new
 
 

@@ -60,12 +60,9 @@ class ShardGroup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._files.discard()
-            return
-        with self._files:
-            pass
-        with FileGroup() as group:
-            for path, receipt in self._receipts.items():
-                group.write(path, to_json(receipt))
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._files.__exit__(kind, *rest)
+        if kind is None:
+            with FileGroup() as group:
+                for path, receipt in self._receipts.items():
+                    group.write(path, to_json(receipt))

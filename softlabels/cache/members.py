@@ -69,16 +69,16 @@ def labelled_rows(table: pa.Table, task: Task) -> np.ndarray:
     """(rows,) bool: which rows of a whole shard have a label of their own, or numbers for labels."""
     if task not in VECTOR_LABELS:
         return read_numbers(table.column("label")) != NO_LABEL
-    parts = [read_numbers(chunk.values).reshape(len(chunk), -1) for chunk in table.column("labels").chunks]
-    return np.concatenate([~np.isnan(part).any(axis=1) for part in parts])
+    numbers = read_numbers(table.column("labels")).reshape(table.num_rows, -1)
+    return ~np.isnan(numbers).any(axis=1)
 
 
 def token_hashes(table: pa.Table, card: TeacherCard) -> np.ndarray:
     """(rows,) uint64: xxh3-64 over each row's tokens as int32, its token types and its target, where there are some."""
     none = memoryview(b"")
-    ids = memoryview(_values(table, "input_ids").astype("<i4").tobytes())
-    kinds = memoryview(_values(table, "token_type_ids").tobytes()) if card.token_types else none
-    labels = memoryview(_values(table, "labels").astype("<i4").tobytes()) if card.task == SEQ2SEQ else none
+    ids = memoryview(read_numbers(table.column("input_ids")).astype("<i4").tobytes())
+    kinds = memoryview(read_numbers(table.column("token_type_ids")).tobytes()) if card.token_types else none
+    labels = memoryview(read_numbers(table.column("labels")).astype("<i4").tobytes()) if card.task == SEQ2SEQ else none
     ends = np.cumsum(list_lengths(table, "input_ids")).tolist()
     target_ends = np.cumsum(list_lengths(table, "labels")).tolist() if card.task == SEQ2SEQ else [0] * len(ends)
     hashes, start, target_start = np.zeros(len(ends), np.uint64), 0, 0
@@ -91,12 +91,3 @@ def token_hashes(table: pa.Table, card: TeacherCard) -> np.ndarray:
             hasher.update(labels[4 * target_start : 4 * target_end])
         hashes[row], start, target_start = hasher.intdigest(), end, target_end
     return hashes
-
-
-def _values(table: pa.Table, column: str) -> np.ndarray:
-    """All values of a list column, row after row."""
-    parts = []
-    for chunk in table.column(column).chunks:
-        offsets = np.frombuffer(chunk.buffers()[1], "<i4", count=len(chunk) + 1)
-        parts.append(read_numbers(chunk.values)[offsets[0] : offsets[-1]])
-    return np.concatenate(parts)
