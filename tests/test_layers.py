@@ -40,6 +40,7 @@ LAYERS = {
         "cache",
         "captures",
         "checkpoint",
+        "children",  # processes of this one
         "config",
         "corpora",
         "corpus",

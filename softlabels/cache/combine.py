@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from softlabels.cache.inside import open_inside
 from softlabels.cache.reader import Cache
 from softlabels.cache.settings import settings_files
 from softlabels.cache.shards import SMALL, expect_shard, list_lengths, load_shard, read_shard
+from softlabels.cache.workers import forked, processes_for, threaded
 from softlabels.cache.writer import FieldShard, encode_batches, encode_rows, metadata
 from softlabels.config import CombineOptions, package_versions
 from softlabels.errors import CacheError
@@ -41,6 +41,7 @@ from softlabels.progress import progress
 
 _THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
 _GROUPS = 2  # the same, of groups of small shards: with more threads each waits for the others' Python
+_PROCESSES, _MANY = 4, 64  # of groups too, where so many small shards are to be written
 _FILES, _BYTES = 64, 1 << 25  # of a group at most: they are open until it ends, and what a Ctrl-C waits for
 _AHEAD = 2  # shards that the disk is asked for before their turn
 _AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache
@@ -118,14 +119,16 @@ def write_shards(
     """Call `write(shard, missing fields, group)` for each shard that misses some; the rows that they have.
 
     Some at a time; what is put into the group is committed with that of up to `together` shards, which one thread
-    writes. What else `write` writes it commits itself.
+    writes, or one process where there are many. What else `write` writes it commits itself.
     """
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = build.all_missing(build.shards())
     rows = {shard: min(size, total - shard * size) for shard in missing}
     new = sum(rows.values())
-    shards, threads = list(missing), _THREADS if together == 1 else _GROUPS
-    together = min(together, max(1, -(-len(shards) // threads)))
+    shards = list(missing)
+    processes = processes_for(_PROCESSES) if together > 1 and len(shards) >= _MANY else 1
+    threads = _THREADS if together == 1 else _GROUPS
+    together = min(together, max(1, -(-len(shards) // max(processes, threads))))
     groups = [shards[at : at + together] for at in range(0, len(shards), together)]
 
     def write_group(group: Sequence[int]) -> int:
@@ -134,11 +137,14 @@ def write_shards(
                 write(shard, missing[shard], files)
         return sum(rows[shard] for shard in group)
 
-    with (
-        progress(total, description=description, done=total - new) as update,
-        ThreadPoolExecutor(threads, thread_name_prefix="softlabels-combine") as pool,
-    ):
-        for count in pool.map(write_group, groups):
+    # the processes are forked before the progress has its thread
+    workers = (
+        forked(write_group, groups, processes)
+        if processes > 1
+        else threaded(write_group, groups, threads, name="combine")
+    )
+    with workers as counts, progress(total, description=description, done=total - new) as update:
+        for count in counts:
             update(count)
     return new
 

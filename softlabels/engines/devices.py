@@ -25,7 +25,7 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.codec import Overflow
-from softlabels.engines.children import end_all, end_with_parent, portable
+from softlabels.children import end_all, end_with_parent, portable
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import Update

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from softlabels.engines.children import end_all, end_with_parent, portable
+from softlabels.children import end_all, end_with_parent, portable
 from softlabels.errors import SoftlabelsError
 from softlabels.sweeping.outcomes import Outcome, failed
 from softlabels.sweeping.space import Trial

@@ -415,7 +415,7 @@ def test_damaged_inputs_are_not_mixed(three: list[Path], tokenizers: list[str], 
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize(("together", "many"), [(1, 64), (2, 64), (2, 1)], ids=["alone", "together", "processes"])
 @pytest.mark.parametrize("overlap", ["all", "some"])
 def test_a_killed_combination_goes_on_to_the_same_bytes(
     three: list[Path],
@@ -424,6 +424,7 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     overlap: str,
     together: int,
+    many: int,
 ) -> None:
     caches = list(three)
     if overlap == "some":
@@ -431,6 +432,7 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
     options = CombineOptions(mean="probabilities", keep=True)
     combine(caches, out=tmp_path / "whole", options=options)
     monkeypatch.setattr(module, "_FILES", together * 5)
+    monkeypatch.setattr(module, "_MANY", many)
     real = module._Writer.write
 
     def killed(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:
