@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from softlabels.errors import CacheError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Pool = TypeVar("Pool", bound=Executor)
 
 
 @contextmanager
@@ -32,11 +33,8 @@ def threaded(
     function: Callable[[Item], Result], items: Sequence[Item], count: int, *, name: str
 ) -> Iterator[Iterator[Result]]:
     """`function` of each item, in their order, by `count` threads. Who leaves early waits for what is being done."""
-    with (
-        ThreadPoolExecutor(count, thread_name_prefix=f"softlabels-{name}") as pool,
-        closing(_generator(pool.map(function, items))) as results,
-    ):
-        yield results
+    with _ended(ThreadPoolExecutor(count, thread_name_prefix=f"softlabels-{name}")) as pool:
+        yield pool.map(function, items)
 
 
 @contextmanager
@@ -46,12 +44,9 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item], count: int
     CacheError where one of them dies.
     """
     context = multiprocessing.get_context("fork")
-    with (
-        ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function,)) as pool,
-        closing(_generator(pool.map(_call, items))) as results,
-    ):
+    with _ended(ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function,))) as pool:
         try:
-            yield results
+            yield pool.map(_call, items)
         except BrokenProcessPool:
             raise CacheError(
                 "a process that wrote shards has died, as one does that is killed for its memory: start it again, and "
@@ -59,8 +54,17 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item], count: int
             ) from None
 
 
+@contextmanager
+def _ended(pool: Pool) -> Iterator[Pool]:
+    """The pool, of which nothing is begun any more once the block ends."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def processes_for(count: int) -> int:
-    """How many processes of at most `count` are of use where each also waits for the disk; 1: this one is not forked."""
+    """How many of `count` processes that also wait for the disk are of use; 1 where this one is better not forked."""
     safe = (
         sys.platform == "linux"
         and threading.current_thread() is threading.main_thread()
@@ -72,11 +76,6 @@ def processes_for(count: int) -> int:
 
 
 _function: Callable[[Any], Any] | None = None  # of a forked process
-
-
-def _generator(results: Iterator[Result]) -> Generator[Result, None, None]:
-    """What `Executor.map` gives; once it is closed, what was not begun isn't done any more."""
-    yield from results
 
 
 def _begin(function: Callable[[Any], Any]) -> None:

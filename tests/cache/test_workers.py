@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from softlabels.cache import workers
@@ -122,7 +123,12 @@ def test_nobody_stays_behind(tmp_path: Path, number: signal.Signals) -> None:
             os.killpg(process.pid, number)
         assert process.stderr is not None
         assert (process.wait(20), process.stderr.read()) == ((130, "") if number == signal.SIGINT else (-9, ""))
-        assert _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), seconds=20)
+        assert _until(lambda: not any(map(_runs, children)), seconds=20)
+
+
+def _runs(process: int) -> bool:
+    """Not so one that has ended, and that nobody has asked for its end."""
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
 def _until(condition: Any, *, seconds: float) -> bool:
