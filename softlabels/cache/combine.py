@@ -41,7 +41,7 @@ from softlabels.progress import progress
 
 _THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
 _GROUPS = 2  # the same, of groups of small shards: with more threads each waits for the others' Python
-_PROCESSES, _MANY = 4, 64  # of groups too, where so many small shards are to be written
+_PROCESSES, _MANY = 4, 32  # of groups too, where so many small shards are to be written
 _FILES, _BYTES = 64, 1 << 25  # of a group at most: they are open until it ends, and what a Ctrl-C waits for
 _AHEAD = 2  # shards that the disk is asked for before their turn
 _AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache

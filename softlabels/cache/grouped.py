@@ -57,23 +57,12 @@ class ShardGroup:
         )
         return self._receipts[path]
 
-    def commit(self) -> None:
-        """Sync the files, give them their names, then write their receipts."""
-        self._files.publish()
-        with FileGroup() as group:
-            for path, receipt in self._receipts.items():
-                group.write(path, to_json(receipt))
-
-    def discard(self) -> None:
-        """Remove what is not committed yet."""
-        self._files.discard()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.commit()
-        finally:
-            self.discard()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._files.__exit__(kind, *rest)
+        if kind is None:
+            with FileGroup() as group:
+                for path, receipt in self._receipts.items():
+                    group.write(path, to_json(receipt))

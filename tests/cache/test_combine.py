@@ -415,7 +415,7 @@ def test_damaged_inputs_are_not_mixed(three: list[Path], tokenizers: list[str], 
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize(("together", "many"), [(1, 64), (2, 64), (2, 1)], ids=["alone", "together", "processes"])
+@pytest.mark.parametrize(("together", "many"), [(1, 32), (2, 32), (2, 1)], ids=["alone", "together", "processes"])
 @pytest.mark.parametrize("overlap", ["all", "some"])
 def test_a_killed_combination_goes_on_to_the_same_bytes(
     three: list[Path],

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from softlabels.cache import workers
 from softlabels.cache.workers import forked, processes_for, threaded
 from softlabels.errors import CacheError
 from tests.processes import ROOT, environment
@@ -72,6 +72,23 @@ def test_a_process_that_dies_is_told() -> None:
         list(results)
 
 
+def test_torch_computes_after_its_threads_were_left_behind() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0))
+        wanted = (values @ values.T).logsumexp(1)  # large enough for both threads
+
+        def compute(item: int) -> tuple[float, int]:
+            found = (values @ values.T).logsumexp(1)
+            return float((found - wanted).abs().max()), torch.get_num_threads()
+
+        with forked(compute, range(4), 2) as results:
+            assert all(off < 1e-2 and threads == 1 for off, threads in results)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_where_this_process_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     assert (processes_for(2), processes_for(8)) == (2, 6)
@@ -81,7 +98,7 @@ def test_where_this_process_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> No
     thread.join()
     assert found == [1]
     with monkeypatch.context() as patch:
-        patch.setattr(workers.torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
         assert processes_for(8) == 1
     monkeypatch.setattr(sys, "platform", "darwin")
     assert processes_for(8) == 1
