@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import SAFE_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -212,12 +212,15 @@ def _set_apart(models: list[nn.Module], weights: list[dict[str, Tensor]], folder
 
     Accelerate keeps one tensor of each storage and drops the others.
     """
+    if not PartialState().is_main_process:
+        return  # the first one writes
     for number, state in enumerate(weights):
         distinct = {_where(tensor): name for name, tensor in reversed(state.items())}  # the first name of each
+        kept = {name: state[name] for name in state if distinct[_where(state[name])] == name}
+        among = Counter(tensor.untyped_storage().data_ptr() for tensor in kept.values())
         weights[number] = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in state.items()
-            if distinct[_where(tensor)] == name
+            name: tensor.clone() if among[tensor.untyped_storage().data_ptr()] > 1 else tensor
+            for name, tensor in kept.items()
         }
 
 
@@ -231,13 +234,21 @@ def _put_back(models: list[nn.Module], folder: str) -> None:
             state = load_file(file)
         except (OSError, SafetensorError) as error:
             raise StudentError(f"checkpoint {file} is damaged ({error}): {_AGAIN}") from None
-        lacking = model.load_state_dict(state, strict=False).missing_keys
+        try:
+            found = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # of another shape
+            told = " ".join(str(error).split())
+            raise StudentError(f"checkpoint {file} does not fit the student ({told}): {_AGAIN}") from None
         own = model.state_dict()
-        there = {_where(own[name]) for name in state}
-        if lost := [name for name in lacking if _where(own[name]) not in there]:
+        there = {_where(own[name]) for name in state if name in own}
+        if lost := [name for name in found.missing_keys if _where(own[name]) not in there]:
             raise StudentError(
                 f"checkpoint {file} lacks {', '.join(lost)}, as those that an earlier softlabels wrote of LSTMs on a "
                 f"GPU do: {_AGAIN}"
+            )
+        if found.unexpected_keys:
+            raise StudentError(
+                f"checkpoint {file} has {', '.join(found.unexpected_keys)}, which the student has not: {_AGAIN}"
             )
     models.clear()  # Accelerate has none left to load
 

@@ -71,10 +71,17 @@ def test_a_checkpoint_that_lacks_weights_is_refused(trained: tuple[Student, Acce
     student, accelerator = trained
     save_checkpoint(tmp_path, student, accelerator, Progress(epoch=1, best_epoch=1))
     file = tmp_path / "checkpoint" / MODEL
-    save_file({name: value for name, value in load_file(file).items() if "bias_hh" not in name}, file)
+    kept = load_file(file)
+    save_file({name: value for name, value in kept.items() if "bias_hh" not in name}, file)
     with pytest.raises(
         StudentError, match=r"lacks lstm\.bias_hh_l0, lstm\.bias_hh_l0_reverse, .*delete the run's folder"
     ):
+        restore(tmp_path, accelerator, Progress(epoch=1))
+    save_file(kept | {"lstm.extra": torch.zeros(2)}, file)
+    with pytest.raises(StudentError, match=r"has lstm\.extra, which the student has not: delete"):
+        restore(tmp_path, accelerator, Progress(epoch=1))
+    save_file(kept | {"lstm.bias_hh_l0": torch.zeros(2)}, file)
+    with pytest.raises(StudentError, match=r"does not fit the student \(.*size mismatch.*\): delete"):
         restore(tmp_path, accelerator, Progress(epoch=1))
     file.write_bytes(b"no weights")
     with pytest.raises(StudentError, match=r"model\.safetensors is damaged .*train the student again"):

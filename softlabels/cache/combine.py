@@ -42,7 +42,7 @@ from softlabels.progress import progress
 _THREADS = 4  # shards at a time: while one waits for the disk to sync, another is mixed
 _GROUPS = 2  # the same, of groups of small shards: with more threads each waits for the others' Python
 _PROCESSES, _MANY = 4, 32  # of groups too, where so many small shards are to be written
-_FILES, _BYTES = 64, 1 << 25  # of a group at most: they are open until it ends, and what a Ctrl-C waits for
+_FILES, _BYTES = 64, 1 << 25  # of a group at most: they are open until it ends, and a Ctrl-C waits for each thread's
 _AHEAD = 2  # shards that the disk is asked for before their turn
 _AT_ONCE = 1 << 15  # numbers of each teacher that are mixed at a time, to be in the processor's cache
 
@@ -80,7 +80,7 @@ def combine(caches: Sequence[str | Path], *, out: Path, options: CombineOptions 
     ]
     with derive_cache(Path(out), manifest, source=opened[0].path, files=files) as build:
         writer = _Writer(plan, build)
-        new_rows = write_shards(build, writer.write, together=writer.together)
+        new_rows = write_shards(build, writer.write, together=writer.together, fork=writer.local)
         final = build.finish()
     return CombineReport(
         cache=Path(out),
@@ -114,19 +114,20 @@ def write_shards(
     write: Callable[[int, Sequence[str], ShardGroup], None],
     *,
     together: int = 1,
+    fork: bool = False,
     description: str = "combine",
 ) -> int:
     """Call `write(shard, missing fields, group)` for each shard that misses some; the rows that they have.
 
     Some at a time; what is put into the group is committed with that of up to `together` shards, which one thread
-    writes, or one process where there are many. What else `write` writes it commits itself.
+    writes, or with `fork` one process, where there are many. What else `write` writes it commits itself.
     """
     size, total = build.manifest.dump.shard_rows, build.manifest.corpus.rows
     missing = build.all_missing(build.shards())
     rows = {shard: min(size, total - shard * size) for shard in missing}
     new = sum(rows.values())
     shards = list(missing)
-    processes = processes_for(_PROCESSES) if together > 1 and len(shards) >= _MANY else 1
+    processes = processes_for(_PROCESSES) if fork and together > 1 and len(shards) >= _MANY else 1
     threads = _THREADS if together == 1 else _GROUPS
     together = min(together, max(1, -(-len(shards) // max(processes, threads))))
     groups = [shards[at : at + together] for at in range(0, len(shards), together)]
@@ -137,7 +138,6 @@ def write_shards(
                 write(shard, missing[shard], files)
         return sum(rows[shard] for shard in group)
 
-    # the processes are forked before the progress has its thread
     workers = (
         forked(write_group, groups, processes)
         if processes > 1
@@ -242,6 +242,7 @@ class _Writer:
         self.plan, self.build = plan, build
         self.first = plan.caches[0]
         self.whole = plan.join.kept is None  # every shard has the rows of the first cache's
+        self.local = all(cache.store is None for cache in plan.caches)  # connections outlive no fork
         self.by_label = plan.mixing.options.choose == "label"
         self.cut = counted(self.first, EXAMPLES)
         self._one_by_one = threading.Lock()  # gathers from caches whose shards are opened on the way

@@ -13,19 +13,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 import torch
 
-from softlabels.children import end_with_parent
+from softlabels.children import end_all, end_with_parent, portable
 from softlabels.errors import CacheError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Pool = TypeVar("Pool", bound=Executor)
 
 
 @contextmanager
@@ -33,8 +33,11 @@ def threaded(
     function: Callable[[Item], Result], items: Sequence[Item], count: int, *, name: str
 ) -> Iterator[Iterator[Result]]:
     """`function` of each item, in their order, by `count` threads. Who leaves early waits for what is being done."""
-    with _ended(ThreadPoolExecutor(count, thread_name_prefix=f"softlabels-{name}")) as pool:
+    pool = ThreadPoolExecutor(count, thread_name_prefix=f"softlabels-{name}")
+    try:
         yield pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -44,23 +47,32 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item], count: int
     CacheError where one of them dies.
     """
     context = multiprocessing.get_context("fork")
-    with _ended(ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function,))) as pool:
-        try:
-            yield pool.map(_call, items)
-        except BrokenProcessPool:
-            raise CacheError(
-                "a process that wrote shards has died, as one does that is killed for its memory: start it again, and "
-                "it goes on where it stopped"
-            ) from None
-
-
-@contextmanager
-def _ended(pool: Pool) -> Iterator[Pool]:
-    """The pool, of which nothing is begun any more once the block ends."""
+    stop = context.Event()  # for what the pool has handed out already, and can't take back
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function, stop))
     try:
-        yield pool
+        yield _begun(pool, items)
+    except BrokenProcessPool:
+        raise CacheError(
+            "a process that wrote shards has died, as one does that is killed for its memory: start it again, and it "
+            "goes on where it stopped"
+        ) from None
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _begun(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:
+    """The results of the pool, whose processes are all there; or none of them is, where one could not be forked."""
+    others = set(multiprocessing.active_children())
+    # they inherit what is blocked; and a pool that is interrupted before it watches its processes never ends them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.map(_call, items)
+    except BaseException:
+        end_all([process for process in multiprocessing.active_children() if process not in others])
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def processes_for(count: int) -> int:
@@ -75,17 +87,22 @@ def processes_for(count: int) -> int:
     return min(count, 2 * cores) if cores > 1 else 1
 
 
-_function: Callable[[Any], Any] | None = None  # of a forked process
+_job: tuple[Callable[[Any], Any], Event] | None = None  # of a forked process
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin(function: Callable[[Any], Any], stop: Event) -> None:
+    global _job
+    _job = function, stop
     torch.set_num_threads(1)  # those of the parent are not here
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _call(item: Any) -> Any:
-    assert _function is not None
-    return _function(item)
+    assert _job is not None
+    function, stop = _job
+    if stop.is_set():
+        return None  # to nobody
+    try:
+        return function(item)
+    except BaseException as error:
+        raise portable(error, instead=CacheError(f"{type(error).__name__}: {error}")) from None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather, pad_across_processes, reduce
 from torch import Tensor, nn
 
@@ -139,8 +140,14 @@ class Processes:
 
 
 def find_processes(*, cpu: bool) -> Processes:
-    """Those that a launcher such as `accelerate launch` started, connected; else this one alone."""
+    """Those that a launcher such as `accelerate launch` started, connected; else this one alone.
+
+    Accelerate settles once a process where it computes; one alone may train here first and then there.
+    """
     state = PartialState(cpu=cpu)
+    if state.num_processes == 1 and cpu != (state.device.type == "cpu") and torch.accelerator.is_available():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)
 
 

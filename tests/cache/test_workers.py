@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -57,9 +59,47 @@ def test_an_error_gets_home_and_what_was_not_begun_is_left(run: Any, tmp_path: P
     with pytest.raises(CacheError, match="cache x has NaN: leave it out"), run(fail, range(200)) as results:
         for _ in results:
             pass
-    assert {"0", "1", "2"} <= set(os.listdir(tmp_path)) and len(os.listdir(tmp_path)) < 50
+    assert {"0", "1", "2"} <= set(os.listdir(tmp_path)) and len(os.listdir(tmp_path)) <= 8
     with pytest.raises(ZeroDivisionError), run(lambda item: item, range(3)) as results:
         raise ZeroDivisionError
+
+
+class Unsendable(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+class Unpicklable(Exception):
+    def __init__(self) -> None:
+        super().__init__("a lock")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(Unsendable("salt", "pepper"), "Unsendable: salt and pepper"), (Unpicklable(), "Unpicklable: a lock")],
+)
+def test_errors_that_cannot_travel_are_told_all_the_same(error: Exception, told: str) -> None:
+    def fail(item: int) -> int:
+        raise error
+
+    with pytest.raises(CacheError, match=told), forked(fail, range(4), 2) as results:
+        list(results)
+
+
+def test_where_no_process_can_be_forked_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = os.fork, [0]
+
+    def fork() -> int:
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(OSError, match="temporarily unavailable"), forked(str, range(4), 4) as results:
+        list(results)
+    assert count == [3] and multiprocessing.active_children() == []
 
 
 def test_a_process_that_dies_is_told() -> None:
@@ -98,6 +138,9 @@ def test_where_this_process_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> No
     thread.join()
     assert found == [1]
     with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
+        assert processes_for(8) == 1
+    with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         assert processes_for(8) == 1
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -124,23 +167,23 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nobody_stays_behind(tmp_path: Path, number: signal.Signals) -> None:
     """Killed, or by a Ctrl-C, which a terminal sends to all of them: within a moment, and without a word."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW, str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert _until(lambda: len(os.listdir(tmp_path)) == 2, seconds=60)
-        children = [int(name) for name in os.listdir(tmp_path)]
+    place, told = tmp_path / "pids", tmp_path / "told"
+    place.mkdir()
+    with (
+        told.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", _SLOW, str(place)], cwd=ROOT, env=environment(), stderr=file, start_new_session=True
+        ) as process,
+    ):
+        assert _until(lambda: len(os.listdir(place)) == 2, seconds=60)
+        children = [int(name) for name in os.listdir(place)]
         if number == signal.SIGKILL:
             process.kill()
         else:
             os.killpg(process.pid, number)
-        assert process.stderr is not None
-        assert (process.wait(20), process.stderr.read()) == ((130, "") if number == signal.SIGINT else (-9, ""))
+        assert process.wait(20) == (130 if number == signal.SIGINT else -9)
         assert _until(lambda: not any(map(_runs, children)), seconds=20)
+    assert told.read_text() == ""
 
 
 def _runs(process: int) -> bool:

@@ -6,6 +6,8 @@ Dropout is off where CPU and GPU are held together, since each draws in its own 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 @pytest.fixture(autouse=True)
 def exact():
     """No TF32, which would hide what is meant to be compared; and no bars."""
-    with quiet():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), quiet():
         yield
 
 
+@contextmanager
+def on_the_gpu() -> Iterator[None]:
+    """What runs inside takes memory of the GPU, so it is where it is meant to be."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    yield
+    assert torch.cuda.max_memory_allocated() > before
+
+
 def chosen(name: str, **changes: Any) -> StudentOptions:
-    usual = {"epochs": 3, "lr": 5e-3, "batch_size": 8, "optimizer": "adamw"}
+    usual = {"epochs": 3, "lr": 5e-3, "batch_size": 8}
     return StudentOptions.model_validate(usual | copy.deepcopy(STUDENTS[name]) | changes)
 
 
@@ -94,8 +106,9 @@ def test_a_gpu_takes_the_steps_of_the_cpu(cache: Cache, tmp_path: Path, name: st
     """To float32's rounding over 24 steps; Adam turns a gradient of rounding size into a step of a whole rate."""
     options = chosen(name, optimizer="sgd", lr=0.1)
     runs = [tmp_path / "one", tmp_path / "other"]
-    for out, cpu in zip(runs, (True, False), strict=True):
-        train_student(cache, out=out, options=options, cpu=cpu)
+    train_student(cache, out=runs[0], options=options, cpu=True)
+    with on_the_gpu():
+        train_student(cache, out=runs[1], options=options)
     assert largest_difference(*runs) < 1e-3
     for one, two in zip(*(load_run(out).record.history for out in runs), strict=True):
         assert one.keys() == two.keys()
@@ -107,8 +120,9 @@ def test_what_was_cut_off_goes_on(cache: Cache, tmp_path: Path, name: str, monke
     """With dropout: the GPU's own generator is put back too."""
     kept = STUDENTS[name]["options"]
     off = {key: 0.2 for key in kept if "dropout" in key}
-    options = chosen(name, options=kept | off)
-    train_student(cache, out=tmp_path / "whole", options=options)
+    options = chosen(name, options=kept | off, optimizer="sgd", lr=0.1)
+    with on_the_gpu():
+        train_student(cache, out=tmp_path / "whole", options=options)
     real = train_module._train_epoch
 
     def interrupted(*arguments: Any, **named: Any) -> float:
