@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softlabels.children import end_all, end_with_parent, portable
+from softlabels.children import end_all, end_with_parent, interrupts_held_back, portable
 from softlabels.errors import CacheError
 
 Item = TypeVar("Item")
@@ -64,15 +63,12 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item], count: int
 def _begun(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:
     """The results of the pool, whose processes are all there; or none of them is, where one could not be forked."""
     others = set(multiprocessing.active_children())
-    # they inherit what is blocked; and a pool that is interrupted before it watches its processes never ends them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.map(_call, items)
-    except BaseException:
-        end_all([process for process in multiprocessing.active_children() if process not in others])
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with interrupts_held_back():  # a pool that is interrupted before it watches its processes never ends them
+        try:
+            return pool.map(_call, items)
+        except BaseException:
+            end_all([process for process in multiprocessing.active_children() if process not in others])
+            raise
 
 
 def processes_for(count: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
-import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ import torch
 
 from softlabels.cache.build import CacheBuild
 from softlabels.cache.codec import Overflow
-from softlabels.children import end_all, end_with_parent, portable
+from softlabels.children import end_all, end_with_parent, interrupts_held_back, portable
 from softlabels.engines.local import ShardTask, Steps, run_shards
 from softlabels.errors import ConfigError, TeacherError
 from softlabels.progress import Update
@@ -146,13 +145,9 @@ class _Pool:
             name=f"softlabels-{device}",
             daemon=True,
         )
-        # a Ctrl-C is for the process that shares out, which ends the others; they inherit what is blocked here
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with interrupts_held_back():  # a Ctrl-C is for the process that shares out, which ends the others
             process.start()
             self.workers.append(_Worker(device, process, ours, turns))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the worker
         their_turns.close()
 

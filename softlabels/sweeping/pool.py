@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from softlabels.children import end_all, end_with_parent, portable
+from softlabels.children import end_all, end_with_parent, interrupts_held_back, portable
 from softlabels.errors import SoftlabelsError
 from softlabels.sweeping.outcomes import Outcome, failed
 from softlabels.sweeping.space import Trial
@@ -119,13 +119,9 @@ class _Pool:
         ours, theirs = self.context.Pipe()
         threads = max(count_cores() // self.jobs, 1)
         process = self.context.Process(target=_serve, args=(theirs, self.setting, threads), daemon=True)
-        # a Ctrl-C is for the process that hands out, which ends the others; they inherit what is blocked here
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with interrupts_held_back():  # a Ctrl-C is for the process that hands out, which ends the others
             process.start()
             self.workers.append(_Worker(process, ours))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the worker
         return self.workers[-1]
 
