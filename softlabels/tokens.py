@@ -51,7 +51,12 @@ def tokenize(
         return Tokenized([], 0)
     pairs = [example.text_b or "" for example in examples] if any(e.text_b for e in examples) else None
     encoded = tokenizer(
-        [example.text for example in examples], pairs, truncation=True, max_length=max_length, padding=False
+        [example.text for example in examples],
+        pairs,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
     )
     types = encoded.get("token_type_ids")
     cut = _which_were_cut(

