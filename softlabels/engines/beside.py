@@ -121,6 +121,11 @@ class Behind:
         self._outstanding += 1
         self._given.put(steps)
 
+    @property
+    def ended(self) -> bool:
+        """Whether no step is taken any more: the block has ended, or a step failed."""
+        return not self._thread.is_alive()
+
     def listen(self) -> None:
         """Hear what is done, without waiting for what isn't."""
         while self._outstanding and not self._done.empty():

@@ -2,7 +2,8 @@
 
     tokenise          a thread, a shard ahead; images are opened by threads of their own, a batch ahead
     batch, forward    the calling thread
-    write             a thread behind it: copy off the device, range check, convert, put into place, sync, receipt
+    write             a thread behind it: copy off the device, range check, convert, put into place
+    seal              a thread behind that, while the next shard is written: sync, hash, name, receipt
 
 Whatever the size of a shard, at most `_ROOM` batches of values wait behind the one that the teacher works on. What
 fails in one of the parts, and a Ctrl-C, ends all of them; whole shards are kept, of the others nothing stays.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,13 +29,14 @@ from softlabels.cache.format import EXAMPLES
 from softlabels.cache.writer import FieldShard, join_hash
 from softlabels.engines.beside import Ahead, Behind
 from softlabels.engines.carry import Carried, Carrier
-from softlabels.engines.memory import Trimmer
+from softlabels.engines.memory import Trimmer, spared_by_the_collector
 from softlabels.errors import TeacherError
 from softlabels.progress import Update
 from softlabels.tasks import TaskLabels
 from softlabels.tokens import Tokenized, batches_by_length, count_row_targets, count_tokens
 from softlabels.types import Example, ImageBatch, TokenBatch, TokenizedExample
 
+_IDLE_SECONDS = 0.02
 _ROOM = {"cpu": 1, "cuda": 3}  # a GPU is ahead of what it was told by some batches; elsewhere one is in work
 
 
@@ -80,16 +83,24 @@ def run_shards(
     through an OOM equals another up to that. TeacherError names a row that alone does not fit.
     """
     shards = _Shards(build, overflow)
+    seal = Behind(lambda told: told.tell(update, committed), room=1, name="softlabels-seal")
     room = _ROOM.get(steps.device.type, 1)
     trim = Trimmer()
     carrier = Carrier(steps.device, build.manifest.fields, slots=room + 1)
     made = ((task, steps.tokenize(task)) for task in tasks)
     gpu = torch.cuda.device(steps.device) if steps.device.type == "cuda" else nullcontext()  # pinned memory is its
+
+    def listen() -> None:
+        behind.listen()
+        seal.listen()
+
     try:
         with (
             gpu,
+            spared_by_the_collector() as passed,
+            seal,
             Behind(lambda told: told.tell(update, committed), room=room, name="softlabels-write") as behind,
-            Ahead(made, name="softlabels-tokenize", idle=behind.listen, stop=stop) as tokenized,
+            Ahead(made, name="softlabels-tokenize", idle=listen, stop=stop) as tokenized,
         ):
             teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
             for task, rows in tokenized:
@@ -100,13 +111,16 @@ def run_shards(
                 if set(task.missing) - {EXAMPLES}:
                     for batch in teacher.batches(rows.examples):
                         # with the first batch and the last: a step of its own would take a batch's room
-                        last = [partial(shards.commit, task, rows)] if batch.last else []
+                        last = [shards.hand_over] if batch.last else []
                         behind.give([*first, partial(shards.write, batch), *last])
                         first = []
                         del batch
                 else:
-                    behind.give([*first, partial(shards.commit, task, rows)])
+                    behind.give([*first, shards.hand_over])
+                seal.give([partial(shards.seal, task, rows, behind)])
+                passed(len(rows.examples))
             behind.finish()
+            seal.finish()
     finally:
         shards.discard()
     return teacher.budget
@@ -224,18 +238,20 @@ def _send(batch: TokenBatch | ImageBatch, device: torch.device) -> TokenBatch | 
 
 
 class _Shards:
-    """The files of one shard after the other, as the writing thread makes them."""
+    """The files of one shard after the other: the writing thread begins and fills them, the sealing one ends them."""
 
     def __init__(self, build: CacheBuild, overflow: Overflow) -> None:
         self.build, self.overflow = build, overflow
-        self.writers: dict[str, FieldShard] = {}
+        self._open: list[FieldShard] = []  # all that aren't whole
+        self._writers: dict[str, FieldShard] = {}  # of the shard that is written
+        self._written: SimpleQueue[dict[str, FieldShard]] = SimpleQueue()
 
     def begin(self, task: ShardTask, rows: Tokenized) -> None:
         lengths = np.array([len(example.input_ids) for example in rows.examples])
         targets = np.array([count_row_targets(example) for example in rows.examples])
         for field in task.missing:
             if field != EXAMPLES:
-                self.writers[field] = FieldShard(
+                writer = FieldShard(
                     self.build.folder,
                     field,
                     self.build.manifest.fields[field],
@@ -244,22 +260,44 @@ class _Shards:
                     targets=targets,
                     overflow=self.overflow,
                 )
+                self._writers[field] = writer
+                self._open.append(writer)
 
     def write(self, batch: _Batch) -> _Done:
-        batch.values.write(self.writers, batch.numbers, ids=batch.ids)
+        batch.values.write(self._writers, batch.numbers, ids=batch.ids)
         return batch.done
 
-    def commit(self, task: ShardTask, rows: Tokenized) -> _Whole:
-        """Last, since what an image holds is known only once it was opened."""
+    def hand_over(self) -> None:
+        """The shard has all its values."""
+        self._written.put(self._writers)
+        self._writers = {}
+
+    def seal(self, task: ShardTask, rows: Tokenized, behind: Behind) -> _Whole | None:
+        """Wait for what `behind` writes of the shard, then make it whole; None where it never has all its values.
+
+        What an image holds is known by then, for it was opened.
+        """
+        writers = self._await(behind)
+        if writers is None:
+            return None
         if EXAMPLES in task.missing:
             self.build.write_examples(task.shard, rows)
-        join = join_hash(rows.examples) if self.writers else ""
-        for writer in self.writers.values():
+        join = join_hash(rows.examples) if writers else ""
+        for writer in writers.values():
             writer.commit(join)
-        self.writers = {}
+            self._open.remove(writer)
         return _Whole(task.shard)
+
+    def _await(self, behind: Behind) -> dict[str, FieldShard] | None:
+        while True:
+            ended = behind.ended  # asked first: it may end by what it hands over
+            try:
+                return self._written.get(timeout=_IDLE_SECONDS)
+            except Empty:
+                if ended:
+                    return None
 
     def discard(self) -> None:
         """Forget what isn't whole."""
-        for writer in self.writers.values():
+        for writer in self._open:
             writer.discard()

@@ -83,9 +83,10 @@ def test_behind_hands_over_the_first_error_and_takes_no_further_step() -> None:
         pytest.raises(OSError, match="No space left"),
         Behind(lambda told: None, room=2, name="test") as behind,
     ):
+        assert not behind.ended
         for number in range(100):
             behind.give([lambda number=number: step(number)])  # type: ignore[misc]
-    assert taken == [0, 1, 2]
+    assert taken == [0, 1, 2] and behind.ended
 
 
 def test_behind_drops_what_waits_when_the_calling_thread_fails() -> None:

@@ -168,6 +168,59 @@ def test_what_fails_in_writing_ends_the_dump_too(
     assert contents(tmp_path / "cache") == contents(whole)
 
 
+def test_a_shard_is_made_whole_while_the_next_is_written(
+    tokenizer: PreTrainedTokenizerFast, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No field of the first shard is made whole before values of the second have been written."""
+    second_is_written = threading.Event()
+    write, commit, waited = FieldShard.write, FieldShard.commit, []
+
+    def told(writer: FieldShard, *args: Any, **named: Any) -> None:
+        write(writer, *args, **named)
+        if writer.shard == 1:
+            second_is_written.set()
+
+    def late(writer: FieldShard, join: str) -> Any:
+        if writer.shard == 0:
+            waited.append(second_is_written.wait(30))
+        return commit(writer, join)
+
+    monkeypatch.setattr(FieldShard, "write", told)
+    monkeypatch.setattr(FieldShard, "commit", late)
+    run(tmp_path / "cache", steps_of(tokenizer), tokenizer)
+    assert waited == [True] * len(FIELDS)
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
+@pytest.mark.parametrize("shard", [0, 2, len(ROWS) // SHARD])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+def test_what_fails_while_a_shard_is_made_whole_ends_the_dump(
+    tokenizer: PreTrainedTokenizerFast,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shard: int,
+    error: BaseException,
+) -> None:
+    commit = FieldShard.commit
+
+    def broken(writer: FieldShard, join: str) -> Any:
+        if writer.shard == shard and writer.field == "hidden.02":
+            raise error
+        return commit(writer, join)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FieldShard, "commit", broken)
+        with pytest.raises(type(error)) as told:
+            run(tmp_path / "cache", steps_of(tokenizer), tokenizer)
+    assert told.value is error
+    assert list((tmp_path / "cache").rglob(".tmp-*")) == []
+    there = {path.stem for path in (tmp_path / "cache" / "hidden.02").glob("*.json") if path.stem != "field"}
+    assert there == {f"{number:05d}" for number in range(shard)}
+    run(tmp_path / "cache", steps_of(tokenizer), tokenizer)
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
 def test_no_more_batches_are_held_than_there_is_room_for(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
