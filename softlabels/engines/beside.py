@@ -91,14 +91,16 @@ class Behind:
 
     `told` is called in the calling thread with whatever a step returned, unless that was None. After a step that
     failed no other is taken, and the calling thread gets its error from the next `give` or `finish`. torch's operations
-    in this thread use one core: the others are the teacher's.
+    in this thread use one core: the others are the teacher's. `ended` says that no step is taken any more: the block
+    has ended, or a step failed.
     """
 
     def __init__(self, told: Callable[[Any], None], *, room: int, name: str) -> None:
         self._told, self._room, self._outstanding = told, room, 0
-        self._given: SimpleQueue[Sequence[Step] | None] = SimpleQueue()
+        self._given: SimpleQueue[tuple[Sequence[Step], Step | None] | None] = SimpleQueue()
         self._done: SimpleQueue[Any] = SimpleQueue()
         self._stopped = False
+        self.ended = False  # not whether the thread lives: a `join` that a Ctrl-C breaks off leaves that wrong
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def __enter__(self) -> Behind:
@@ -113,18 +115,16 @@ class Behind:
         self._given.put(None)
         self._thread.join()
 
-    def give(self, steps: Sequence[Step]) -> None:
-        """Have `steps` taken; waits while there is no room. Raises what an earlier step failed with."""
+    def give(self, steps: Sequence[Step], *, then: Step | None = None) -> None:
+        """Have `steps` taken; waits while there is no room. Raises what an earlier step failed with.
+
+        `then` is called in the thread once what the steps returned can be heard; it must not fail.
+        """
         self.listen()
         while self._outstanding >= self._room:
             self._settle()
         self._outstanding += 1
-        self._given.put(steps)
-
-    @property
-    def ended(self) -> bool:
-        """Whether no step is taken any more: the block has ended, or a step failed."""
-        return not self._thread.is_alive()
+        self._given.put((steps, then))
 
     def listen(self) -> None:
         """Hear what is done, without waiting for what isn't."""
@@ -149,12 +149,18 @@ class Behind:
         torch.get_num_threads()  # the first call takes what the process has, whatever was set before
         torch.set_num_threads(1)
         self._done.put(None)
-        while (steps := self._given.get()) is not None:
-            try:
-                results: list[Any] | _Failed = [step() for step in steps if not self._stopped]
-            except BaseException as error:  # belongs to the calling thread
-                results = _Failed(error)
-            del steps  # first, so that the batch in them is gone when there is room for another
-            self._done.put(results)
-            if isinstance(results, _Failed):
-                return
+        try:
+            while (gift := self._given.get()) is not None:
+                steps, then = gift
+                try:
+                    results: list[Any] | _Failed = [step() for step in steps if not self._stopped]
+                except BaseException as error:  # belongs to the calling thread
+                    results = _Failed(error)
+                del gift, steps  # first, so that the batch in them is gone when there is room for another
+                self._done.put(results)
+                if isinstance(results, _Failed):
+                    return
+                if then is not None and not self._stopped:
+                    then()
+        finally:
+            self.ended = True

@@ -101,10 +101,10 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     turns: Connection  # by which it is told whether a shard is still its own
-    claimed: list[ShardTask] = field(default_factory=list)  # being written, in work, and next
+    claimed: list[ShardTask] = field(default_factory=list)  # being made whole, in work, and next
     begun: int | None = None  # the last shard that it began with
     asks: bool = False
-    rows: int = 0  # told of the shard in work
+    rows: int = 0  # told of shards that aren't whole, or less where one is known to be whole
 
 
 class _Waiting:
@@ -186,8 +186,8 @@ class _Pool:
                 worker.begun = value if own else worker.begun
                 _send(worker.turns, own)
             elif kind == "whole":
-                worker.claimed = [task for task in worker.claimed if task.shard != value]
-                worker.rows = 0
+                worker.claimed = [task for task in worker.claimed if task.shard != value.shard]
+                worker.rows -= value.rows
             else:
                 worker.rows += value[0]
                 self.update(value[0], **value[1])
@@ -218,7 +218,8 @@ class _Pool:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self.workers.remove(worker)
         self.update(-worker.rows)
-        shard = worker.claimed[0].shard if worker.claimed else None
+        claimed = [task.shard for task in worker.claimed]
+        shard = worker.begun if worker.begun in claimed else next(iter(claimed), None)
         self.lost.append(f"the process on {worker.device} {how}" + ("" if shard is None else f" in shard {shard}"))
         if shard is not None:
             self.deaths[shard] += 1
@@ -294,7 +295,7 @@ def _serve(
                 overflow=overflow,
                 update=lambda rows, /, **figures: tell("rows", (rows, figures)),
                 begin=begin,
-                committed=lambda shard: tell("whole", shard),
+                committed=lambda whole: tell("whole", whole),
                 stop=stopped.set,
             )
         tell("end", budget)

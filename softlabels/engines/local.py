@@ -3,7 +3,8 @@
     tokenise          a thread, a shard ahead; images are opened by threads of their own, a batch ahead
     batch, forward    the calling thread
     write             a thread behind it: copy off the device, range check, convert, put into place
-    seal              a thread behind that, while the next shard is written: sync, hash, name, receipt
+    seal              a thread behind that, while the next shard is written: sync, hash, name, receipt; what an int8
+                      field keeps back until its scales are measured
 
 Whatever the size of a shard, at most `_ROOM` batches of values wait behind the one that the teacher works on. What
 fails in one of the parts, and a Ctrl-C, ends all of them; whole shards are kept, of the others nothing stays.
@@ -51,6 +52,15 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """A shard that is whole, and how much of it `update` was told."""
+
+    shard: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
     """What a stage does with a shard on one device; the engine knows when, and never what it means."""
 
@@ -69,21 +79,27 @@ def run_shards(
     overflow: Overflow,
     update: Update,
     begin: Callable[[int], bool] = lambda shard: True,
-    committed: Callable[[int], object] = lambda shard: None,
+    committed: Callable[[Whole], object] = lambda whole: None,
     stop: Callable[[], object] = lambda: None,
 ) -> int:
     """Do all `tasks`; the token budget in the end: below the manifest's where memory ran out.
 
     `tasks` is drawn from by the thread that tokenises, and may wait there until `stop` is called. `update` is called
     for every batch that is written, `begin` with every shard before its first batch, and the shard is left out where
-    that says no, and `committed` with every shard that is whole, all in the calling thread.
+    that says no, and `committed` with every shard that is whole, all in the calling thread. A shard is told to be whole
+    after all of its batches, and perhaps some of the next one's.
 
     Out of memory, the batch is split and the budget halved for all that follow. How rows are batched shows in what the
     teacher gives by rounding alone (about 1e-6 of a float32 value), never in which row gets what; a cache dumped
     through an OOM equals another up to that. TeacherError names a row that alone does not fit.
     """
     shards = _Shards(build, overflow)
-    seal = Behind(lambda told: told.tell(update, committed), room=1, name="softlabels-seal")
+
+    def whole(told: Whole) -> None:
+        behind.listen()  # its last batch first
+        committed(told)
+
+    seal = Behind(whole, room=1, name="softlabels-seal")
     room = _ROOM.get(steps.device.type, 1)
     trim = Trimmer()
     carrier = Carrier(steps.device, build.manifest.fields, slots=room + 1)
@@ -99,7 +115,7 @@ def run_shards(
             gpu,
             spared_by_the_collector() as passed,
             seal,
-            Behind(lambda told: told.tell(update, committed), room=room, name="softlabels-write") as behind,
+            Behind(lambda done: done.tell(update), room=room, name="softlabels-write") as behind,
             Ahead(made, name="softlabels-tokenize", idle=listen, stop=stop) as tokenized,
         ):
             teacher = _Teacher(steps, carrier, behind, asked=build.manifest.dump.batch_tokens)
@@ -110,13 +126,14 @@ def run_shards(
                 first: list[Callable[[], Any]] = [partial(shards.begin, task, rows)]
                 if set(task.missing) - {EXAMPLES}:
                     for batch in teacher.batches(rows.examples):
-                        # with the first batch and the last: a step of its own would take a batch's room
-                        last = [shards.hand_over] if batch.last else []
-                        behind.give([*first, partial(shards.write, batch), *last])
+                        # with the first batch: a step of its own would take a batch's room
+                        then = partial(shards.hand_over, task.shard) if batch.last else None
+                        behind.give([*first, partial(shards.write, batch)], then=then)
                         first = []
                         del batch
+                        seal.listen()
                 else:
-                    behind.give([*first, shards.hand_over])
+                    behind.give(first, then=partial(shards.hand_over, task.shard))
                 seal.give([partial(shards.seal, task, rows, behind)])
                 passed(len(rows.examples))
             behind.finish()
@@ -134,19 +151,9 @@ class _Done:
     tokens: int
     budget: int | None  # where it is less than was asked for
 
-    def tell(self, update: Update, committed: Callable[[int], object]) -> None:
+    def tell(self, update: Update) -> None:
         halved = {} if self.budget is None else {"batch tokens": float(self.budget)}
         update(self.rows, tokens=float(self.tokens), **halved)
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """What the writing thread tells of a shard."""
-
-    shard: int
-
-    def tell(self, update: Update, committed: Callable[[int], object]) -> None:
-        committed(self.shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +251,7 @@ class _Shards:
         self.build, self.overflow = build, overflow
         self._open: list[FieldShard] = []  # all that aren't whole
         self._writers: dict[str, FieldShard] = {}  # of the shard that is written
-        self._written: SimpleQueue[dict[str, FieldShard]] = SimpleQueue()
+        self._written: SimpleQueue[tuple[int, dict[str, FieldShard]]] = SimpleQueue()
 
     def begin(self, task: ShardTask, rows: Tokenized) -> None:
         lengths = np.array([len(example.input_ids) for example in rows.examples])
@@ -267,30 +274,34 @@ class _Shards:
         batch.values.write(self._writers, batch.numbers, ids=batch.ids)
         return batch.done
 
-    def hand_over(self) -> None:
+    def hand_over(self, shard: int) -> None:
         """The shard has all its values."""
-        self._written.put(self._writers)
-        self._writers = {}
+        writers, self._writers = self._writers, {}
+        self._written.put((shard, writers))
 
-    def seal(self, task: ShardTask, rows: Tokenized, behind: Behind) -> _Whole | None:
+    def seal(self, task: ShardTask, rows: Tokenized, behind: Behind) -> Whole | None:
         """Wait for what `behind` writes of the shard, then make it whole; None where it never has all its values.
 
         What an image holds is known by then, for it was opened.
         """
-        writers = self._await(behind)
-        if writers is None:
+        written = self._await(behind)
+        if written is None:
             return None
+        shard, writers = written
+        assert shard == task.shard
         if EXAMPLES in task.missing:
             self.build.write_examples(task.shard, rows)
         join = join_hash(rows.examples) if writers else ""
         for writer in writers.values():
             writer.commit(join)
             self._open.remove(writer)
-        return _Whole(task.shard)
+        if not writers:
+            return Whole(shard, 0, 0)
+        return Whole(shard, len(rows.examples), sum(len(example.input_ids) for example in rows.examples))
 
-    def _await(self, behind: Behind) -> dict[str, FieldShard] | None:
+    def _await(self, behind: Behind) -> tuple[int, dict[str, FieldShard]] | None:
         while True:
-            ended = behind.ended  # asked first: it may end by what it hands over
+            ended = behind.ended  # asked first: what it handed over is there by then
             try:
                 return self._written.get(timeout=_IDLE_SECONDS)
             except Empty:
@@ -299,5 +310,5 @@ class _Shards:
 
     def discard(self) -> None:
         """Forget what isn't whole."""
-        for writer in self._open:
+        for writer in list(self._open):
             writer.discard()

@@ -56,17 +56,18 @@ def resident() -> int | None:
 def spared_by_the_collector(after: int = _ROWS) -> Iterator[Callable[[int], None]]:
     """What there is once `after` rows are through is left alone by Python's collector until the block ends.
 
-    Yields what is to be told of more rows. A process that has frozen objects of its own keeps them as they are.
+    Yields what is to be told of more rows. Circles among objects that were there by then and are dropped later stay
+    until the end, in the whole process; one that has frozen objects of its own, or collects nothing, is left as it is.
     """
     told, frozen = 0, False
 
     def passed(rows: int) -> None:
         nonlocal told, frozen
         told += rows
-        if told >= after and not frozen and not gc.get_freeze_count():
+        if told >= after and not frozen and gc.isenabled() and not gc.get_freeze_count():
             gc.collect()
+            frozen = True  # first: a Ctrl-C may come at once
             gc.freeze()
-            frozen = True
 
     try:
         yield passed

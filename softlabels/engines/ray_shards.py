@@ -26,7 +26,7 @@ from softlabels.cache.delivery import Place
 from softlabels.cache.format import EXAMPLES, Manifest
 from softlabels.config import RayOptions, package_versions
 from softlabels.engines.devices import OpenSteps
-from softlabels.engines.local import ShardTask, Steps, run_shards
+from softlabels.engines.local import ShardTask, Steps, Whole, run_shards
 from softlabels.engines.ray_cluster import Room, connect
 from softlabels.engines.ray_pool import GivenUp, Watch, run_items
 from softlabels.errors import ConfigError, TeacherError
@@ -34,7 +34,7 @@ from softlabels.progress import Update
 from softlabels.tasks import TaskLabels
 from softlabels.types import Example
 
-_DEPTH = 3  # shards at a worker: one is written, one with the teacher, one tokenised
+_DEPTH = 3  # shards at a worker: one is made whole, one is with the teacher and written, one is tokenised
 _IDLE_SECONDS = 0.1
 
 
@@ -191,20 +191,17 @@ class ShardWorker:
 
     def _run(self, steps: Steps, scratch: Path, deliver: ThreadPoolExecutor) -> None:
         stopped = threading.Event()
-        tokens, budget = 0, None
+        budget = None
 
         def update(rows: int, /, **figures: float) -> None:
-            nonlocal tokens, budget
-            tokens += int(figures.get("tokens", 0))
+            nonlocal budget
             if "batch tokens" in figures:
                 budget = int(figures["batch tokens"])
 
-        def whole(shard: int) -> None:
-            nonlocal tokens
+        def committed(whole: Whole) -> None:
             with self._lock:
-                work = self._at_work.pop(shard)
-            deliver.submit(self._deliver, work, scratch, tokens, budget)
-            tokens = 0
+                work = self._at_work.pop(whole.shard)
+            deliver.submit(self._deliver, work, scratch, whole.tokens, budget)
 
         build = CacheBuild(scratch, self.plan.manifest)
         run_shards(
@@ -213,7 +210,7 @@ class ShardWorker:
             self._draw(stopped),
             overflow=self.plan.overflow,
             update=update,
-            committed=whole,
+            committed=committed,
             stop=stopped.set,
         )
 

@@ -89,6 +89,25 @@ def test_behind_hands_over_the_first_error_and_takes_no_further_step() -> None:
     assert taken == [0, 1, 2] and behind.ended
 
 
+def test_what_follows_comes_after_the_results_can_be_heard_and_not_after_a_failure() -> None:
+    heard: list[str] = []
+    with Behind(heard.append, room=1, name="test") as behind:
+        for count in range(50):
+            follows = threading.Event()
+            behind.give([lambda: "done"], then=follows.set)
+            assert follows.wait(10)
+            behind.listen()
+            assert len(heard) == count + 1
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"), Behind(heard.append, room=1, name="test") as behind:
+        behind.give([fail], then=lambda: heard.append("never"))
+        behind.finish()
+    assert "never" not in heard and behind.ended
+
+
 def test_behind_drops_what_waits_when_the_calling_thread_fails() -> None:
     begun, taken = threading.Event(), []
 

@@ -25,9 +25,9 @@ from softlabels.config import DumpOptions
 from softlabels.corpus import Corpus
 from softlabels.dump import DumpReport, dump
 from softlabels.engines.carry import Carrier
-from softlabels.engines.local import ShardTask, Steps, ran_out_of_memory, run_shards
+from softlabels.engines.local import ShardTask, Steps, Whole, ran_out_of_memory, run_shards
 from softlabels.errors import CacheError, TeacherError
-from softlabels.progress import progress, quiet
+from softlabels.progress import Update, quiet
 from softlabels.tasks import TaskLabels
 from softlabels.tokens import pad_batch, tokenize
 from softlabels.types import Example, TokenBatch
@@ -81,7 +81,14 @@ def steps_of(tokenizer: PreTrainedTokenizerFast, take: Callable[[TokenBatch], di
     )
 
 
-def run(out: Path, steps: Steps, tokenizer: PreTrainedTokenizerFast) -> int:
+def run(
+    out: Path,
+    steps: Steps,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    update: Update = lambda rows, /, **figures: None,
+    committed: Callable[[Whole], object] = lambda whole: None,
+) -> int:
     manifest = plan_manifest(
         Corpus(source="made", split=None, examples=ROWS, label_names=None),
         labelled=len(ROWS),
@@ -98,8 +105,7 @@ def run(out: Path, steps: Steps, tokenizer: PreTrainedTokenizerFast) -> int:
             for shard in build.shards()
             if (missing := build.missing(shard))
         )
-        with progress(None, description="test") as update:
-            budget = run_shards(steps, build, tasks, overflow="refuse", update=update)
+        budget = run_shards(steps, build, tasks, overflow="refuse", update=update, committed=committed)
         build.finish()
     return budget
 
@@ -190,6 +196,34 @@ def test_a_shard_is_made_whole_while_the_next_is_written(
     run(tmp_path / "cache", steps_of(tokenizer), tokenizer)
     assert waited == [True] * len(FIELDS)
     assert contents(tmp_path / "cache") == contents(whole)
+
+
+def test_a_shard_is_told_to_be_whole_soon_and_after_its_rows(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """While the next one is with the teacher, and with as many rows and tokens as had been told of it."""
+    told: list[Any] = []
+
+    def take(batch: TokenBatch) -> dict[str, Tensor]:
+        time.sleep(0.05)
+        return answers(batch)
+
+    def update(rows: int, /, **figures: float) -> None:
+        told.append((rows, int(figures["tokens"])))
+
+    run(tmp_path / "cache", steps_of(tokenizer, take), tokenizer, update=update, committed=told.append)
+    wholes = [one for one in told if isinstance(one, Whole)]
+    assert [one.shard for one in wholes] == list(range(-(-len(ROWS) // SHARD)))
+    rows = tokens = rows_told = tokens_told = 0
+    for one in told:
+        if isinstance(one, Whole):
+            rows, tokens = rows + one.rows, tokens + one.tokens
+            assert rows_told >= rows and tokens_told >= tokens
+            if one is not wholes[-1]:
+                assert rows_told < rows + SHARD  # the next one's last batch is yet to come
+        else:
+            rows_told, tokens_told = rows_told + one[0], tokens_told + one[1]
+    assert (rows, tokens) == (rows_told, tokens_told) and rows == len(ROWS)
 
 
 @pytest.mark.parametrize("shard", [0, 2, len(ROWS) // SHARD])

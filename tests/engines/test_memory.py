@@ -69,6 +69,13 @@ def test_it_is_undone_after_an_error_and_a_process_that_froze_its_own_keeps_it(n
         passed(1)
         raise KeyboardInterrupt
     assert gc.get_freeze_count() == 0
+    gc.disable()
+    try:
+        with spared_by_the_collector(after=1) as passed:
+            passed(1)
+            assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
     gc.freeze()
     before = gc.get_freeze_count()
     with spared_by_the_collector(after=1) as passed:
