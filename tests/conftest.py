@@ -1,8 +1,13 @@
-"""What holds for every test: threads that wait sleep (several test runs may share a machine), and no hub is asked."""
+"""What holds for every test.
+
+Threads that wait sleep (several test runs may share a machine), no hub is asked, and a Ctrl-C stops what a test starts.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,9 +19,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests but those that need a GPU see none, so that they hold on a machine that has one; `make gpu` runs those."""
+    """Tests but those that need a GPU see none, so that they hold on a machine that has one; `make gpu` runs those.
+
+    What tests start inherits that Ctrl-C is ignored, as it is in the background jobs of a shell: it is not, then.
+    """
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """`softlabels.cli.main` ends with Ctrl-C ignored; what later tests of this process start would inherit that."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

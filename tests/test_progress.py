@@ -51,9 +51,8 @@ def test_quiet(capsys, monkeypatch):
 
 
 SCRIPT = """
-import signal, sys, time
+import sys, time
 from softlabels.progress import progress
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 with progress(1000, description="dump") as update:
     update(400, tokens=10)
     if "wait" in sys.argv:

@@ -148,10 +148,8 @@ def test_where_this_process_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 _SLOW = """
-import os, signal, sys, time
+import os, sys, time
 from softlabels.cache.workers import forked
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
 def work(item):
     open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()

@@ -357,7 +357,10 @@ def test_workers_that_start_together_leave_each_others_scratch_alone(
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def write_rows(path: Path) -> Path:
     examples = [{"id": f"row-{i}", "text": text, "label": name} for i, (text, name) in enumerate(TEXTS * 4)]
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     return path
@@ -423,34 +426,3 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_node_that_is_lost_and_another_that_comes(teacher: Path, tmp_path: Path, rows: Path) -> None:
-    """The cluster is simulated on this machine, its workers are real; the driver joins it by its address."""
-    from ray.cluster_utils import Cluster
-
-    environment_before = dict(os.environ)
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        second = cluster.add_node(num_cpus=1)
-        out = tmp_path / "cache"
-        process = started(
-            rows, teacher, out, "--engine", "ray", "--address", cluster.address, "--workers", "2", "--json"
-        )
-        raylet = second.all_processes["raylet"][0].process.pid
-        await_(lambda: actors(psutil.Process(raylet)) and receipts(out) >= 4, "no worker came to the second node")
-        cluster.remove_node(second, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-        told, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, err
-        report = json.loads(told)
-        assert len(report["lost"]) == 1, report
-    finally:
-        cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(environment_before)
-    started(rows, teacher, tmp_path / "local", "--cpu").communicate(timeout=PATIENCE)
-    assert contents(out) == contents(tmp_path / "local")
